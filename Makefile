@@ -1,0 +1,81 @@
+# Every target does the set-up that it needs: a virtual environment with the versions of
+# requirements.lock and this package. A second call installs nothing and needs no network.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+.PHONY: help study test lab report lock badges bench colab-check lint clean
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# Of all that pip says, the names as they come: enough to see that it goes on.
+NAMES  := awk '/^Collecting/ {printf "%s ", $$2; fflush()} /^Installing/ {print "installing"}'
+# Written last, so that a set-up that was stopped half-way is done again.
+READY  := $(VENV)/.ready
+
+help:  ## Say what there is to make
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | while IFS='|' read -r what why; \
+	  do printf '%-20s %s\n' "$$what" "$$why"; done
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "Setting up $(VENV) (once; some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements.lock | $(NAMES)
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+study: $(READY)  ## Run the study on the model organism; the last line names its page
+	@$(BIN)/healing run quick $(ARGS)
+
+# The notebooks compute everything again, in a folder of their own: results of an earlier run
+# would make the comparison compare nothing.
+test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k name" for some)
+	@runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
+	HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet $(BIN)/python -m pytest --nbval-lax \
+	  --nbval-current-env --nbval-cell-timeout=600 $(ARGS)
+
+lab: $(READY)  ## Open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab notebooks
+
+report: $(READY)  ## Write the page of the newest run again
+	@$(BIN)/healing report $(ARGS)
+
+bench: $(READY)  ## Measure the training loop against its peers
+	@$(BIN)/python tests/benchmarks/throughput.py $(ARGS)
+
+colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
+	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/test_colab.py $(ARGS)
+
+badges: $(READY)  ## Write the repository's address into the notebooks: make badges REPO=owner/name
+	@test -n "$(REPO)" || { echo "which repository? make badges REPO=owner/name" >&2; exit 2; }
+	@$(BIN)/python -m healing_utils.notebooks "$(REPO)"
+
+lint: $(READY)  ## Check the style of modules and notebooks
+	@$(BIN)/ruff check .
+
+# The newest versions that pyproject.toml allows, except torch: a change of torch is a download of
+# gigabytes and a change of numerics, so it is made on purpose, make lock TORCH=x.y.z.
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock)
+lock:  ## Make requirements.lock again from the ranges in pyproject.toml (Python 3.11)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "the lock is made with Python 3.11: make lock PYTHON=python3.11" >&2; exit 1; }
+	@work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	$(PYTHON) -m venv "$$work/venv"; \
+	pip="$$work/venv/bin/python -m pip --disable-pip-version-check"; \
+	echo "torch==$(TORCH)" > "$$work/torch"; \
+	$$pip install --constraint "$$work/torch" --editable ".[lab,test,bench]" | $(NAMES); \
+	$$pip freeze --all --exclude-editable \
+	  | sed -E 's/\+[A-Za-z0-9.]+$$//' \
+	  | { grep -viE '^(pip|wheel|triton|nvidia-[^=]*|cuda-[^=]*)==' || true; } \
+	  | sort -f > "$$work/lock"; \
+	cp "$$work/lock" requirements.lock; wc -l requirements.lock
+
+clean:  ## Remove the environment and all caches; runs under data/runs stay
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+	@find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

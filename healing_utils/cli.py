@@ -1,0 +1,106 @@
+"""The command line: ``healing run``, ``healing status``, ``healing report``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from healing_utils import runner
+from healing_utils.errors import HealingError
+
+
+def parse_value(text: str) -> Any:
+    """What a value on the command line means: a YAML scalar or list, else the text itself.
+
+    Where YAML 1.1 would turn text into another thing than it says (``1:30`` into 90, ``012`` into
+    10, a date into an object), the text stays; the check of the parameters understands or refuses
+    it.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, int) and not isinstance(value, bool) and str(value) != text.strip():
+        return text
+    return value if value is None or isinstance(value, bool | int | float | str | list) else text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    top = argparse.ArgumentParser(prog="healing", description="Break a language model, heal it.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="run the notebooks of a profile; the same command goes on after a stop",
+        description="Run the notebooks of a profile in sequence. What is done is never done twice.",
+    )
+    run.add_argument("profile", metavar="PROFILE", help="quick, minilm, paper, or a YAML file")
+    run.add_argument("--out", metavar="DIR", help="the run's folder (default data/runs/PROFILE)")
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a parameter, as in -p model bert-base-uncased -p levels [1/6,1/2]",
+    )
+    for name, text in (
+        ("status", "show done, running and missing cells, also while it runs"),
+        ("report", "write the run's page again"),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.add_argument("dir", nargs="?", metavar="DIR", help="a run (default: the newest)")
+    return top
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # A cluster's or a container's polite stop is treated as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
+    try:
+        page = runner.run(arguments.profile, arguments.out, overrides)
+    except runner.NotebookFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. Everything finished is kept; the same command goes on.", file=sys.stderr)
+        return 130
+    print(page)
+    return 0
+
+
+def _report(target: Path) -> int:
+    from healing_utils.page import write_page
+
+    print(write_page(target))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code: 0 done, 1 a notebook failed, 2 wrong input."""
+    given = parser().parse_args(arguments)
+    try:
+        if given.command == "run":
+            return _run(given)
+        target = runner.find_run(given.dir)
+        if given.command == "report":
+            return _report(target)
+        print(runner.describe(target))
+    except HealingError as error:
+        print(f"healing: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # piped into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Errors for people: what was wrong, where, what is allowed, the nearest right name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HealingError(ValueError):
+    """Input that cannot be used. The message is one line, meant to be shown without a traceback."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name closest to `name`, or None when nothing is close."""
+    by_lower = {str(a).lower(): str(a) for a in allowed}
+    found = difflib.get_close_matches(str(name).lower(), list(by_lower), n=1, cutoff=0.5)
+    return by_lower[found[0]] if found else None
+
+
+def choose(name: str, allowed: Iterable[str], what: str) -> str:
+    """Return `name` if it is allowed, else raise a HealingError that names the nearest one.
+
+    `what` says what is being chosen, for example ``"kind of corruption"``.
+    """
+    allowed = list(allowed)
+    if name in allowed:
+        return name
+    guess = nearest(name, allowed)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    raise HealingError(f"unknown {what} {name!r}; allowed: {', '.join(map(str, allowed))}.{hint}")

@@ -1,0 +1,234 @@
+"""The parameters of a study: what each means, what it may be, and its default (the `quick` run).
+
+Every notebook declares those that it uses as plain literals; a profile is a YAML file of them. A
+value may arrive as text from a command line (``1/6``, ``[0,2]``): it is understood or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from healing_utils.errors import HealingError, choose, nearest
+
+SIDES = ("bottom", "top")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter: its default, how a given value is read, and what it means."""
+
+    default: Any
+    read: Callable[[Any], Any]
+    help: str
+
+
+def _plain(value: Any) -> Any:
+    """Text from a command line as the YAML value it spells; ``1/6`` stays text."""
+    if isinstance(value, str):
+        if value.strip().lower() == "none":  # YAML's own word is null
+            return None
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
+    """One value or several: ``3``, ``[0, 2]``, ``0,2``."""
+    value = _plain(value)
+    if isinstance(value, str) and "," in value:
+        value = [_plain(part.strip()) for part in value.split(",")]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _integer(low: int, optional: bool = False) -> Callable[[Any], int | None]:
+    def read(value: Any) -> int | None:
+        value = _plain(value)
+        if value is None and optional:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            extra = " or null" if optional else ""
+            raise HealingError(f"must be a whole number from {low} up{extra}")
+        return value
+
+    return read
+
+
+def _number(low: float, high: float, open_low: bool = False) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        value = _plain(value)
+        try:
+            number = float(value)  # YAML 1.1 reads 2e-5 as text
+        except (TypeError, ValueError):
+            raise HealingError(f"must be a number from {low:g} to {high:g}") from None
+        if isinstance(value, bool) or not low <= number <= high or (open_low and number == low):
+            raise HealingError(
+                f"must be a number {'above' if open_low else 'from'} {low:g}, at most {high:g}"
+            )
+        return number
+
+    return read
+
+
+def _text(optional: bool = False) -> Callable[[Any], str | None]:
+    def read(value: Any) -> str | None:
+        if value is None or (optional and value in ("null", "None", "")):
+            if optional:
+                return None
+            raise HealingError("must be given")
+        if not isinstance(value, str) or not value.strip():
+            raise HealingError("must be text")
+        return value
+
+    return read
+
+
+def _flag(value: Any) -> bool:
+    value = _plain(value)
+    if not isinstance(value, bool):
+        raise HealingError("must be true or false")
+    return value
+
+
+def _names(value: Any) -> list[str]:
+    names = _listed(value)
+    if not names or not all(isinstance(n, str) and n.strip() for n in names):
+        raise HealingError("must be a name or a list of names")
+    return _unique(names)
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise HealingError("names a value twice")
+    return values
+
+
+def _seeds(value: Any) -> list[int]:
+    seeds = _unique([_integer(0)(v) for v in _listed(value)])
+    if not seeds:
+        raise HealingError("must name at least one seed")
+    return seeds
+
+
+def _columns(value: Any) -> list[str] | None:
+    return None if _plain(value) is None else _names(value)
+
+
+def _levels(value: Any) -> list[str]:
+    from healing_utils.encoders import parse_level
+
+    if _plain(value) is None or _listed(value) == []:
+        return []
+    levels = _listed(value)
+    _unique([parse_level(level) for level in levels])
+    return [str(level) for level in levels]
+
+
+def _layers(value: Any) -> list[int] | None:
+    value = _plain(value)
+    return None if value is None else _unique([_integer(0)(v) for v in _listed(value)])
+
+
+def _among(allowed: Callable[[], Any], what: str) -> Callable[[Any], list[str]]:
+    def read(value: Any) -> list[str]:
+        return _unique([choose(v, allowed(), what) for v in _listed(value)])
+
+    return read
+
+
+def _kinds() -> Any:
+    from healing_utils.corruption import KINDS
+
+    return KINDS
+
+
+def _precision(value: Any) -> str:
+    from healing_utils.training import PRECISIONS
+
+    return choose(value, PRECISIONS, "precision")
+
+
+PARAMETERS: dict[str, Parameter] = {
+    "run": Parameter("data/runs/quick", _text(), "the run's folder: records, tables, figures"),
+    "model": Parameter("organism", _names, "hub name or folder of the encoder, or several"),
+    "model_revision": Parameter(None, _text(True), "hub revision of the model"),
+    "task": Parameter(
+        ["sentiment", "topic"], _names, "registered task, hub data set or file, or several"
+    ),
+    "text_column": Parameter(None, _columns, "text column, or two for pairs, where not found"),
+    "label_column": Parameter(None, _text(True), "label column, where it is not found"),
+    "data_revision": Parameter(None, _text(True), "hub revision of the data set"),
+    "metric": Parameter(None, _text(True), "score to use instead of the task's own"),
+    "seeds": Parameter([0, 1, 2], _seeds, "one unit of inference for each task and seed"),
+    "sides": Parameter(
+        list(SIDES), _among(lambda: SIDES, "side"), "which end of the encoder is corrupted"
+    ),
+    "levels": Parameter(["1/6", "1/2", "1"], _levels, "corrupted fractions of the layers"),
+    "layers": Parameter(None, _layers, "these layers instead of sides and levels"),
+    "kind": Parameter(["reinit"], _among(_kinds, "kind of corruption"), "kinds of corruption"),
+    "init_levels": Parameter(
+        ["1/2"], _levels, "levels that are also redrawn with the model's own initialiser"
+    ),
+    "scratch": Parameter(True, _flag, "also train from random initial values"),
+    "train_size": Parameter(1000, _integer(1, True), "labelled examples, null for all"),
+    "validation_size": Parameter(200, _integer(1), "held out of training for learning curves"),
+    "test_size": Parameter(None, _integer(1, True), "scored examples, null for all"),
+    "epochs": Parameter(6.0, _number(0, 1000, True), "passes over the training examples"),
+    "batch_size": Parameter(32, _integer(1), "examples in a step"),
+    "learning_rate": Parameter(5e-4, _number(0, 1, True), "peak learning rate"),
+    "weight_decay": Parameter(0.01, _number(0, 1), "of AdamW"),
+    "warmup": Parameter(0.1, _number(0, 1), "fraction of the steps with a rising rate"),
+    "max_grad_norm": Parameter(1.0, _number(0, 1e6, True), "gradients are clipped to this norm"),
+    "max_length": Parameter(128, _integer(4), "tokens a text is cut to"),
+    "max_tokens": Parameter(8192, _integer(16), "tokens computed at once, padding included"),
+    "evaluations": Parameter(4, _integer(1), "points on a learning curve"),
+    "precision": Parameter("auto", _precision, "auto, float32, bfloat16 or float16"),
+    "device": Parameter(None, _text(True), "cpu or cuda, null for the best there is"),
+    "threads": Parameter(1, _integer(1), "CPU threads; results repeat for the same number"),
+    "workers": Parameter(2, _integer(1), "processes that share the cells of a stage"),
+    # 00_model_organism only
+    "pretraining_steps": Parameter(40, _integer(1), "steps of the pre-training shown"),
+    "publish": Parameter(False, _flag, "train fully and replace the shipped organism"),
+    "organism_seeds": Parameter([0, 1, 2, 3, 4], _seeds, "seeds of the organism's table"),
+}
+
+
+def read_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Clean values for what is `given`, defaults for the rest.
+
+    Raises HealingError naming the parameter, what is allowed, and for an unknown name the nearest.
+    """
+    values = {}
+    for name in given:
+        if name not in PARAMETERS:
+            guess = nearest(name, PARAMETERS)
+            hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(PARAMETERS)}"
+            raise HealingError(f"unknown parameter {name!r}; {hint}")
+    for name, parameter in PARAMETERS.items():
+        try:
+            values[name] = parameter.read(given.get(name, parameter.default))
+        except HealingError as error:
+            raise HealingError(f"parameter {name} is {given[name]!r}: {error}") from error
+    return values
+
+
+def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters among a notebook's variables, checked.
+
+    Called with ``globals()`` right after the parameter cell, when the only plain public variables
+    are parameters: any other was injected under a wrong name and is refused.
+    """
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    given = {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
+    }
+    return read_parameters(given)

@@ -1,0 +1,54 @@
+"""How far a damaged encoder's representations are from the intact one's, layer by layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from healing_utils.training import Encoded, collate
+
+
+@torch.inference_mode()
+def layer_similarity(intact: nn.Module, other: nn.Module, data: Encoded) -> dict[str, list[float]]:
+    """Similarity of the two models' hidden states over all real tokens of `data`.
+
+    Returns ``cosine`` (mean over tokens) and ``cka`` (linear centred kernel alignment, Kornblith et
+    al. 2019, section 3), each with one value a layer, embeddings first: (layers + 1,). CKA is
+    invariant to rotation and scale, so it tells a rotated stream from a lost one; the cosine does
+    not. Values that are not finite come out as NaN.
+    """
+    device = next(intact.parameters()).device
+    order = np.argsort(data.lengths, kind="stable")
+    cosines: list[torch.Tensor] = []
+    crosses: list[dict[str, torch.Tensor]] = []
+    tokens = 0
+    for start in range(0, len(order), 32):
+        batch = collate(data, order[start : start + 32], device)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        pair = [
+            torch.stack(m.eval()(**batch, output_hidden_states=True).hidden_states)[:, mask]
+            for m in (intact, other)
+        ]  # each (layers + 1, tokens, hidden)
+        x, y = (p.double() for p in pair)
+        cosines.append(torch.cosine_similarity(x, y, dim=-1).sum(dim=1))
+        crosses.append(
+            {
+                "xy": x.mT @ y, "xx": x.mT @ x, "yy": y.mT @ y, "x": x.sum(1), "y": y.sum(1),
+            }
+        )  # fmt: skip
+        tokens += int(mask.sum())
+    total = {name: sum(c[name] for c in crosses) for name in crosses[0]}
+
+    def centred(product: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Squared Frobenius norm of the centred cross product, (layers + 1,)."""
+        return (product - a[:, :, None] * b[:, None, :] / tokens).square().sum(dim=(1, 2))
+
+    hsic = centred(total["xy"], total["x"], total["y"])
+    norms = centred(total["xx"], total["x"], total["x"]) * centred(
+        total["yy"], total["y"], total["y"]
+    )
+    return {
+        "cosine": (sum(cosines) / tokens).tolist(),
+        "cka": (hsic / norms.sqrt()).tolist(),
+    }

@@ -1,0 +1,85 @@
+"""Tiny random-weight models of every encoder family: three layers, width 16, two heads."""
+
+from __future__ import annotations
+
+import torch
+import transformers as hf
+
+LAYERS, WIDTH, INNER, VOCABULARY = 3, 16, 24, 60
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": INNER,
+    "max_position_embeddings": 40,
+}
+
+# What can be corrupted. Settings beyond size switch on what a family keeps beside its layers.
+FAMILIES = {
+    "bert": lambda: hf.BertConfig(**_SIZES),
+    "distilbert": lambda: hf.DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=WIDTH,
+        n_layers=LAYERS,
+        n_heads=2,
+        hidden_dim=INNER,
+        max_position_embeddings=40,
+    ),
+    "roberta": lambda: hf.RobertaConfig(**_SIZES),
+    "xlnet": lambda: hf.XLNetConfig(
+        vocab_size=VOCABULARY, d_model=WIDTH, n_layer=LAYERS, n_head=2, d_inner=INNER
+    ),
+    "electra": lambda: hf.ElectraConfig(embedding_size=8, **_SIZES),
+    "deberta-v2": lambda: hf.DebertaV2Config(
+        relative_attention=True,
+        position_buckets=4,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        conv_kernel_size=3,
+        type_vocab_size=0,
+        **_SIZES,
+    ),
+    "mpnet": lambda: hf.MPNetConfig(**_SIZES),
+    "modernbert": lambda: hf.ModernBertConfig(
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, **_SIZES
+    ),
+}
+
+HEADS = ("none", "classification", "language model")
+
+
+def tiny_config(family: str) -> hf.PretrainedConfig:
+    """The configuration of one of `FAMILIES`, or of ALBERT, whose layers share their weights."""
+    if family == "albert":
+        return hf.AlbertConfig(embedding_size=8, **_SIZES)
+    return FAMILIES[family]()
+
+
+def tiny_model(family: str, head: str = "none", seed: int = 0) -> hf.PreTrainedModel:
+    """A model in evaluation mode whose every parameter is random: no bias is 0, no LayerNorm is 1.
+
+    An untouched bias of 0 would hide that a corruption set it to 0.
+    """
+    model_class = {
+        "none": hf.AutoModel,
+        "classification": hf.AutoModelForSequenceClassification,
+        "language model": hf.AutoModelForCausalLM if family == "xlnet" else hf.AutoModelForMaskedLM,
+    }[head]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = model_class.from_config(tiny_config(family))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_batch(sentences: int = 2, words: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random token ids without padding, (sentences, words)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (sentences, words), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

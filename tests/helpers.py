@@ -1,0 +1,190 @@
+"""A tiny BERT with a tokenizer on disk, and texts whose labels are planted by one word."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from families import VOCABULARY
+from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
+
+from healing_utils.training import Encoded
+
+CUES = ("good", "bad", "so-so")
+FILLERS = [f"w{i}" for i in range(40)]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CUES, *FILLERS]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words, [CLS] and [SEP] around them, token type 1 for the second of a pair."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def save_tiny_bert(folder: Path, layers: int = 3, seed: int = 0) -> Path:
+    """A random-weight BERT of width 32 and its tokenizer, as `from_pretrained` expects them."""
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=40,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1000 + seed)  # not a seed that a test trains with
+        AutoModel.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def planted_texts(count: int, classes: int = 2, seed: int = 0) -> tuple[list[str], list[int]]:
+    """Texts of 2 to 9 filler words and one cue, which is the label."""
+    rng = random.Random(seed)
+    labels = [rng.randrange(classes) for _ in range(count)]
+    texts = []
+    for label in labels:
+        words = rng.choices(FILLERS, k=rng.randint(2, 9))
+        words.insert(rng.randint(0, len(words)), CUES[label])
+        texts.append(" ".join(words))
+    return texts, labels
+
+
+def write_planted_task(folder: Path, train: int = 48, test: int = 24, seed: int = 0) -> Path:
+    """A folder with train.csv and test.csv of planted texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count, shift in (("train", train, 0), ("test", test, 1000)):
+        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            texts, labels = planted_texts(count, seed=seed + shift)
+            writer.writerows(zip(texts, [CUES[label] for label in labels], strict=True))
+    return folder
+
+
+def random_examples(
+    count: int = 24,
+    classes: int = 2,
+    seed: int = 0,
+    pad: tuple[int, int, str] = (0, 0, "right"),
+    ids: tuple[int, int] = (5, VOCABULARY),
+    lengths: tuple[int, int] = (3, 12),
+) -> Encoded:
+    """Token ids and labels drawn at random, for the models of `families`."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(*ids, size=rng.integers(*lengths)).tolist() for _ in range(count)]
+    return Encoded(rows, None, rng.integers(classes, size=count), pad)
+
+
+def tiny_study(run: Path, model: Path, task: Path, **changes: object) -> dict[str, object]:
+    """Parameters of a study that takes a second or two."""
+    return {
+        "run": str(run), "model": str(model), "task": str(task), "seeds": [0, 1],
+        "levels": ["1/3", "1"], "init_levels": ["1/3"], "train_size": 32, "validation_size": 8,
+        "epochs": 1.0, "batch_size": 8, "learning_rate": 1e-3, "evaluations": 2, "max_length": 16,
+        "threads": 1, "workers": 1, "device": "cpu", **changes,
+    }  # fmt: skip
+
+
+def study_process(
+    parameters: dict[str, object], moment: tuple[str, int] | None = None, log: str | None = None
+) -> None:
+    """Run the three stages in a process of their own; with a `moment`, die there.
+
+    ``("half", n)``: while the n-th record is being written, when half of it is in its temporary
+    file; ``("renaming", n)``: before that file gets its name; ``("recorded", n)``: right after;
+    ``("batch", n)``: when the n-th batch is put together. `log` gets a line for every cell that is
+    computed.
+    """
+    import os
+    import signal
+    import threading
+
+    from tqdm import tqdm
+
+    os.environ["HEALING_PROGRESS"] = "quiet"
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that the killed leave behind
+    torch.set_num_threads(1)
+    from healing_utils import records, study, training
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half(descriptor: int) -> None:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        die()
+
+    kind, count = moment or ("", 0)
+    write, collate = records.write_atomically, training.collate
+    done = {"records": 0, "batches": 0}
+
+    def counting_write(path: Path, content: str | bytes) -> None:
+        done["records"] += 1
+        now = done["records"] == count
+        if now and kind == "half":
+            os.fsync = half
+        elif now and kind == "renaming":
+            os.replace = die
+        write(path, content)
+        if now and kind == "recorded":
+            die()
+
+    def counting_collate(*arguments: object) -> object:
+        done["batches"] += 1
+        if kind == "batch" and done["batches"] == count:
+            die()
+        return collate(*arguments)
+
+    # Store.write finds this name in its own module: plans and weights are not counted.
+    records.write_atomically = counting_write
+    training.collate = counting_collate
+    if log:
+        for state, compute in study.COMPUTE.items():
+
+            def logged(self, cell, on_step, compute=compute):
+                with open(log, "a") as file:
+                    file.write(f"{cell.key}\n")
+                return compute(self, cell, on_step)
+
+            study.COMPUTE[state] = logged
+    planned = study.Study(parameters)
+    for stage in study.STAGES:
+        planned.run(stage)
+
+
+def processes():
+    """A multiprocessing context whose processes start with everything imported, and no threads."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "healing_utils.study",
+            "datasets.packaged_modules.csv.csv",
+            "scipy.stats",
+            "sklearn.metrics",
+            "transformers.models.auto.modeling_auto",
+            "transformers.models.bert.modeling_bert",
+        ]
+    )
+    return context

@@ -1,0 +1,116 @@
+"""Workers share a stage's cells, give the same records, and never outlive their purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import save_tiny_bert, tiny_study, write_planted_task
+
+from healing_utils import workers
+from healing_utils.study import Study
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    save_tiny_bert(folder / "model")
+    write_planted_task(folder / "task")
+    return folder
+
+
+def records(run) -> dict[str, dict]:
+    """All records by path, without times and the checksum that covers them."""
+    found = {}
+    for path in sorted((run / "records").rglob("*.json")):
+        record = json.loads(path.read_text())
+        del record["times"], record["checksum"]
+        found[path.name] = record
+    return found
+
+
+def test_workers_give_the_records_of_one_process(folder, monkeypatch):
+    monkeypatch.setenv("HEALING_PROGRESS", "quiet")
+    seeds = list(range(4))
+    alone = tiny_study(folder / "alone", folder / "model", folder / "task", seeds=seeds)
+    shared = tiny_study(
+        folder / "shared", folder / "model", folder / "task", seeds=seeds, workers=2
+    )
+    # The parent waits at its first cell, so that the worker has time to come up and take some.
+    calls = []
+    original = Study._compute
+
+    def slow(self, cell, on_step):
+        if not calls:
+            deadline = time.monotonic() + 240
+            while not list((folder / "shared" / "records").rglob("*.json")):
+                assert time.monotonic() < deadline, "no worker came up"
+                time.sleep(0.05)
+        calls.append(cell.key)
+        return original(self, cell, on_step)
+
+    Study(alone).run("baseline")
+    monkeypatch.setattr(Study, "_compute", slow)
+    table = Study(shared).run("baseline")
+    assert len(table) == len(seeds)
+    assert records(folder / "alone") == records(folder / "shared")
+    assert not list((folder / "shared" / "claims").iterdir())
+
+
+def test_a_worker_ends_when_its_parent_is_killed(folder, tmp_path):
+    """The parent dies by SIGKILL, with no chance to tell: the worker notices by itself."""
+    parameters = tiny_study(
+        tmp_path / "run", folder / "model", folder / "task", seeds=[0, 1], epochs=200.0
+    )
+    script = (
+        "import json, sys, time\n"
+        "from healing_utils import workers\n"
+        f"with workers.helping(json.loads({json.dumps(json.dumps(parameters))}), 'baseline', 1):\n"
+        "    time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        claims = tmp_path / "run" / "claims"
+        deadline = time.monotonic() + 90
+        while not (claims.is_dir() and list(claims.iterdir())):
+            assert time.monotonic() < deadline, "the worker claimed no cell"
+            time.sleep(0.05)
+        claim = next(claims.iterdir())
+        worker = int(json.loads(claim.read_text())["owner"].split(":")[1])
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    deadline = time.monotonic() + 240
+    while _running(worker):
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.1)
+    assert not list(claims.iterdir())  # it released what it held
+
+
+def _running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+    except OSError:  # no /proc on this system
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def test_helping_ends_its_workers(folder, tmp_path):
+    parameters = tiny_study(
+        tmp_path / "run", folder / "model", folder / "task", seeds=[0], epochs=500.0
+    )
+    started = time.monotonic()
+    with workers.helping(parameters, "baseline", 2):
+        pass
+    assert time.monotonic() - started < 30
