@@ -6,7 +6,7 @@ value may arrive as text from a command line (``1/6``, ``[0,2]``): it is underst
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,11 +219,12 @@ def read_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+def notebook_parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters among a notebook's variables, checked.
 
     Called with ``globals()`` right after the parameter cell, when the only plain public variables
-    are parameters: any other was injected under a wrong name and is refused.
+    are parameters: any other was injected under a wrong name and is refused. When the cell is run
+    again later, in the same kernel, the notebook's own variables are there too and are passed over.
     """
     plain = (str, int, float, bool, list, tuple, dict, type(None))
     given = {
@@ -231,4 +232,7 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in namespace.items()
         if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
     }
+    if namespace.get("_parameters_checked"):
+        given = {name: value for name, value in given.items() if name in PARAMETERS}
+    namespace["_parameters_checked"] = True
     return read_parameters(given)

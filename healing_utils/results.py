@@ -19,7 +19,7 @@ COLUMNS = (
     "model", "task", "state", "side", "level", "kind", "part", "strength", "layers", "n_layers",
     "seed", "metric", "score", "score_f1", "score_accuracy", "score_matthews", "score_spearman",
     "chance", "chance_f1", "chance_accuracy", "test_size", "train_size", "train_tokens", "seconds",
-    "device", "precision", "threads", "key",
+    "device", "precision", "threads", "versions", "key",
 )  # fmt: skip
 CELL_COLUMNS = ("model", "task", "state", "side", "level", "kind", "part", "strength", "n_layers",
                 "seed", "metric")  # fmt: skip
@@ -36,8 +36,11 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
         flat[f"score_{name}"] = scores.get(name, nan)
     for name in ("f1", "accuracy"):
         flat[f"chance_{name}"] = chance.get(name, nan)
-    for name in ("test_size", "train_size", "train_tokens", "precision"):
+    for name in ("test_size", "train_size", "train_tokens"):
         flat[name] = result.get(name)
+    flat["precision"] = result.get("precision", "float32")  # scoring alone is in float32
+    versions = record["made"]["versions"]
+    flat["versions"] = f"torch {versions['torch']}, transformers {versions['transformers']}"
     flat["seconds"] = record["times"]["seconds"]
     flat["device"], flat["threads"] = record["made"]["device"], record["made"]["threads"]
     flat["key"] = record["key"]
@@ -60,11 +63,13 @@ def planned_records(folder: Path, stage: str) -> Iterator[dict[str, Any]]:
     """
     try:
         plan = json.loads((folder / "plans" / f"{stage}.json").read_text(encoding="utf-8"))
-        keys = {cell["key"] for cell in plan["cells"]}
+        cells = {cell["key"]: cell.get("cell", {}) for cell in plan["cells"]}
     except (OSError, ValueError, KeyError, TypeError):
-        keys = None
+        cells = None
     for record in Store(folder).records(stage):
-        if keys is None or record["key"] in keys:
+        if cells is None or record["key"] in cells:
+            # What the plan calls the cell: another run may have computed it under other names.
+            record["cell"] |= cells[record["key"]] if cells else {}
             yield record
 
 
@@ -78,7 +83,7 @@ def load_results(run: str | Path, stage: str) -> pandas.DataFrame:
     choose(stage, TASK_STAGES, "stage")
     folder = run_folder(run)
     if not folder.is_dir():
-        raise HealingError(f"no such run: {folder}")
+        raise HealingError(f"no such run: {folder}; make it with: healing run PROFILE")
     frame = table(planned_records(folder, stage))
     if frame.empty:
         raise HealingError(f"run {folder} has no records of stage {stage!r}: run that stage first")
@@ -114,15 +119,24 @@ def load_curves(run: str | Path) -> pandas.DataFrame:
 
 def load_similarity(run: str | Path) -> pandas.DataFrame:
     """Similarity of broken to intact representations: ``model task side level kind seed layer
-    measure similarity``, one row a layer (0 is the embeddings) and measure (cosine, cka)."""
+    layers measure similarity``, one row a layer (0 is the embeddings) and measure (cosine, cka)."""
     import pandas
 
     rows = []
     for record in planned_records(run_folder(run), "corruption"):
         cell = {name: record["cell"][name] for name in CELL_COLUMNS}
+        layers = tuple(record["cell"]["layers"])
         for measure, values in record["result"]["similarity"].items():
             for layer, value in enumerate(values):
-                rows.append({**cell, "layer": layer, "measure": measure, "similarity": value})
+                rows.append(
+                    {
+                        **cell,
+                        "layers": layers,
+                        "layer": layer,
+                        "measure": measure,
+                        "similarity": value,
+                    }
+                )
     if not rows:
         raise HealingError(f"run {run_folder(run)} has no broken models: run 02_corruption first")
     return pandas.DataFrame(rows)
@@ -133,7 +147,10 @@ def describe_origin(frame: pandas.DataFrame) -> str:
     lines = [
         f"models: {', '.join(frame['model'].unique())}; tasks: {', '.join(frame['task'].unique())}"
     ]
-    made = frame[["device", "precision", "threads"]].dropna().drop_duplicates()
-    each = [f"{m.device} in {m.precision} with {m.threads} threads" for m in made.itertuples()]
+    made = frame[["device", "precision", "threads", "versions"]].drop_duplicates()
+    each = [
+        f"{m.device} in {m.precision}, threads: {m.threads}, {m.versions}"
+        for m in made.itertuples()
+    ]
     lines.append(("computed on " if len(each) == 1 else "MIXED: computed on ") + "; ".join(each))
     return "\n".join(lines)

@@ -294,10 +294,11 @@ def claims(
 
     - A1 is the loss, averaged over the sides and then over the levels;
     - A2 is the least-squares slope of that side-averaged loss on the level, times the distance
-      between the largest and the smallest level: the loss the level adds over the range used;
+      between the largest and the smallest level below 1: the loss the level adds over that range;
     - A3 is healed(top) - healed(bottom) at the same level, averaged over the levels below 1.
 
-    Level 1 corrupts every layer; it is one cell that stands for both sides in A1 and A2.
+    Level 1 corrupts every layer; it is one cell, stands for both sides in A1, and has no part in
+    A2 and A3.
 
     Over the units come a t-interval, the exact one-sided sign-flip test (effect > 0) and Holm's
     correction over a model's claims; `verdict` decides. The expected cells are the product
@@ -470,13 +471,10 @@ class _Units:
             return [f"{_count(len(missing), 'cell')} missing: {shown}"]
         return []
 
-    def _level_losses(self, unit) -> np.ndarray:
+    def _level_losses(self, unit, levels: list[float]) -> np.ndarray:
         intact, healed = unit
         return np.array(
-            [
-                np.mean([intact - healed[cell] for cell in self._cells(level)])
-                for level in self.levels
-            ]
+            [np.mean([intact - healed[cell] for cell in self._cells(level)]) for level in levels]
         )
 
     def _over(self, levels: list[float]) -> str:
@@ -491,23 +489,34 @@ class _Units:
         problems = self._problems(self.levels, missing)
         if problems and not missing:
             return [], definition, problems
-        return [float(self._level_losses(u).mean()) for u in complete], definition, problems
+        return (
+            [float(self._level_losses(u, self.levels).mean()) for u in complete],
+            definition,
+            problems,
+        )
 
     def rise(self):
+        # Level 1 always contains the bottom: beside levels that are averaged over both sides it
+        # would tell which layers were hit, not how many.
+        levels = [level for level in self.levels if level < 1]
         definition = (
             f"least-squares slope of intact - healed (mean of {_sides(self.sides)}) on the level, "
-            f"times the range of levels {self._over(self.levels)}"
+            f"times the range of levels {self._over(levels)}"
         )
-        complete, missing = self._collect(self.levels, with_intact=True)
-        problems = self._problems(self.levels, missing)
-        if not problems and len(self.levels) < 2:
+        complete, missing = self._collect(levels, with_intact=True)
+        problems = self._problems(levels, missing)
+        if not problems and len(levels) < 2:
             problems = ["one level only"]
-        if len(self.levels) < 2 or (problems and not missing):
+        if len(levels) < 2 or (problems and not missing):
             return [], definition, problems
-        x = np.array(self.levels)
+        x = np.array(levels)
         centred = x - x.mean()
         weights = centred / (centred**2).sum() * (x.max() - x.min())
-        return [float(weights @ self._level_losses(u)) for u in complete], definition, problems
+        return (
+            [float(weights @ self._level_losses(u, levels)) for u in complete],
+            definition,
+            problems,
+        )
 
     def side_difference(self):
         levels = [level for level in self.levels if level < 1]

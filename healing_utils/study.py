@@ -101,7 +101,6 @@ class Examples:
     train: Encoded
     validation: Encoded | None
     test: Encoded
-    sha: tuple[str, str, str]
 
 
 class Study:
@@ -119,6 +118,7 @@ class Study:
         # Kept by the study and not by the process: a kernel outlives changes of a local file.
         self._tasks: dict[str, tasks.TaskData] = {}
         self._examples: dict[tuple[str, str, int], Examples] = {}
+        self._contents: dict[tuple[str, int], tuple[str, str, str]] = {}
 
     def describe(self) -> str:
         """Models, tasks and device of this study, for the top of a notebook."""
@@ -160,6 +160,7 @@ class Study:
         """Tokenised examples; the draw of training examples depends on the seed."""
         key = (model, name, seed)
         if key not in self._examples:
+            self._examples.clear()  # one at a time: several full data sets would not fit
             p, data = self.parameters, self.task(name)
             train, validation = data.draw(seed, p["train_size"], p["validation_size"])
             tokenizer = models.load_tokenizer(model, p["model_revision"])
@@ -173,9 +174,19 @@ class Study:
                 encoded(train),
                 encoded(validation) if validation else None,
                 encoded(data.test),
-                (train.sha(), validation.sha() if validation else "", data.test.sha()),
             )
         return self._examples[key]
+
+    def _content(self, name: str, seed: int) -> tuple[str, str, str]:
+        """Hashes of a task's training, validation and test examples for one seed."""
+        key = (name, seed)
+        if key not in self._contents:
+            p, data = self.parameters, self.task(name)
+            train, validation = data.draw(seed, p["train_size"], p["validation_size"])
+            test = self._contents.get((name, -1)) or (data.test.sha(),) * 3
+            self._contents[name, -1] = test  # the same for every seed
+            self._contents[key] = (train.sha(), validation.sha() if validation else "", test[0])
+        return self._contents[key]
 
     def _cell(
         self, stage: str, state: str, model: str, task: str, seed: int, side: str = "none",
@@ -188,7 +199,7 @@ class Study:
             "numerics": NUMERICS,
             "state": state,
             "model": models.identity(model, p["model_revision"]),
-            "data": self.examples(model, task, seed).sha,
+            "data": self._content(task, seed),
             "classes": data.num_labels,
             "recipe": {name: p[name] for name in RECIPE},
             "seed": seed,
@@ -258,18 +269,21 @@ class Study:
 
     # -- running -----------------------------------------------------------------------------
 
-    def run(self, stage: str) -> pandas.DataFrame:
+    def run(self, stage: str, plan: bool = True) -> pandas.DataFrame:
         """Compute the stage's missing cells and return its table.
 
         Cells that another run on the same folder is computing are waited for. A cell that fails
         does not stop the others; all failures are raised together at the end, what is done is kept.
-        With the parameter `workers` above 1, further processes share the work.
+        With the parameter `workers` above 1, further processes share the work. `plan` makes these
+        cells the stage's cells in this folder; without it they are computed beside them.
         """
         cells = self.plan(stage)
-        plan = [{"key": cell.key, "name": cell.name} for cell in cells]
-        write_atomically(
-            self.run_folder / "plans" / f"{stage}.json", canonical({"stage": stage, "cells": plan})
-        )
+        if plan:
+            planned = [{"key": c.key, "name": c.name, "cell": c.columns()} for c in cells]
+            write_atomically(
+                self.run_folder / "plans" / f"{stage}.json",
+                canonical({"stage": stage, "cells": planned}),
+            )
         self.store.sweep()
         failures: list[tuple[Cell, BaseException]] = []
         todo = [cell for cell in cells if self.store.read(stage, cell.key) is None]

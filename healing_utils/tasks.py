@@ -152,6 +152,12 @@ def load_task(
     if metric is not None:
         choose(metric, METRICS, "metric")
     if name in organism.TASKS:
+        if metric == "spearman":
+            raise HealingError(
+                f"metric 'spearman' does not fit task {name!r}: it is classification"
+            )
+        if text or label or revision:
+            raise HealingError(f"task {name!r} has no columns or revisions to name")
         splits = organism.sentence_task(name)
         data = TaskData(
             name, Split(*splits["train"]), Split(*splits["test"]), tuple(organism.TASKS[name]),

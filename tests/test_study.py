@@ -429,6 +429,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused_at_once(finished, tmp_pa
 def test_results_are_read_from_the_records(finished):
     planned, tables = finished
     for stage in STAGES:
+        planned.run(stage)  # nothing is computed; other tests have planned in this folder since
         read = load_results(planned.run_folder, stage)
         assert read.equals(tables[stage])
         assert list(read["layers"].map(type).unique()) == [tuple]
@@ -487,3 +488,16 @@ def test_workers_compute_the_same_records(finished, tmp_path):
         assert record["result"] == ours["result"] and record["made"] == ours["made"]
     assert not list((planned.run_folder / "claims").iterdir())
     assert not list(planned.run_folder.rglob(".*.tmp"))
+
+
+def test_records_of_another_plan_are_left_out(copied):
+    """A second recipe in the same folder must not come back as duplicate cells of the first."""
+    again = Study({**copied.parameters, "epochs": 0.5})
+    again.run("baseline")
+    stored = list((copied.run_folder / "records" / "baseline").glob("*.json"))
+    table = load_results(copied.run_folder, "baseline")
+    assert len(stored) == 2 * len(table)
+    assert set(table["key"]) == {cell.key for cell in again.plan("baseline")}
+    copied.run("baseline")
+    table = load_results(copied.run_folder, "baseline")
+    assert set(table["key"]) == {cell.key for cell in copied.plan("baseline")}
