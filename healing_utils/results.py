@@ -114,7 +114,13 @@ def load_curves(run: str | Path) -> pandas.DataFrame:
                 rows.append({**cell, "step": point["step"], "score": score, "loss": loss})
     if not rows:
         raise HealingError(f"run {run_folder(run)} has no learning curves: run 01 and 03 first")
-    return pandas.DataFrame(rows)
+    return _ordered(pandas.DataFrame(rows))
+
+
+def _ordered(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """By what the rows say; a record's file name, and so their first order, is a hash."""
+    order = ["model", "task", "kind", "level", "side", "seed"]
+    return frame.sort_values(order, kind="stable", ignore_index=True)
 
 
 def load_similarity(run: str | Path) -> pandas.DataFrame:
@@ -139,7 +145,7 @@ def load_similarity(run: str | Path) -> pandas.DataFrame:
                 )
     if not rows:
         raise HealingError(f"run {run_folder(run)} has no broken models: run 02_corruption first")
-    return pandas.DataFrame(rows)
+    return _ordered(pandas.DataFrame(rows))
 
 
 def describe_origin(frame: pandas.DataFrame) -> str:

@@ -186,6 +186,8 @@ def test_the_organism_is_made_only_where_it_is_studied(tmp_path):
 def _start(out):
     """A run, as a process, whose kernel sleeps; returns it and the kernel's process id."""
     code = (
+        # In the background of a shell, where tests may run, SIGINT is ignored from the start.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; sys.path.insert(0, sys.argv[1]); import test_runner\n"
         "try: test_runner.run('small', sys.argv[2], ('sleep', 120.0), stages=['dies'])\n"
         "except KeyboardInterrupt: sys.exit(130)"

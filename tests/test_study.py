@@ -128,7 +128,10 @@ def test_plans_name_their_cells(finished):
     assert len(set(names)) == len(names)
     for stage in STAGES:
         written = json.loads((planned.run_folder / "plans" / f"{stage}.json").read_text())
-        cells = [{"key": cell.key, "name": cell.name} for cell in planned.plan(stage)]
+        cells = [
+            {"key": cell.key, "name": cell.name, "cell": cell.columns()}
+            for cell in planned.plan(stage)
+        ]
         assert written == {"stage": stage, "cells": cells}
     with pytest.raises(HealingError, match="unknown stage 'recovry'.*'recovery'"):
         planned.plan("recovry")
