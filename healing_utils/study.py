@@ -119,6 +119,7 @@ class Study:
         self._tasks: dict[str, tasks.TaskData] = {}
         self._examples: dict[tuple[str, str, int], Examples] = {}
         self._contents: dict[tuple[str, int], tuple[str, str, str]] = {}
+        self._test_contents: dict[str, str] = {}
 
     def describe(self) -> str:
         """Models, tasks and device of this study, for the top of a notebook."""
@@ -183,9 +184,11 @@ class Study:
         if key not in self._contents:
             p, data = self.parameters, self.task(name)
             train, validation = data.draw(seed, p["train_size"], p["validation_size"])
-            test = self._contents.get((name, -1)) or (data.test.sha(),) * 3
-            self._contents[name, -1] = test  # the same for every seed
-            self._contents[key] = (train.sha(), validation.sha() if validation else "", test[0])
+            if name not in self._test_contents:  # the same examples for every seed
+                self._test_contents[name] = data.test.sha()
+            self._contents[key] = (
+                train.sha(), validation.sha() if validation else "", self._test_contents[name],
+            )  # fmt: skip
         return self._contents[key]
 
     def _cell(
