@@ -104,6 +104,10 @@ def _names(value: Any) -> list[str]:
     return _unique(names)
 
 
+def _tasks(value: Any) -> list[str] | None:
+    return [] if _plain(value) == [] else _columns(value)
+
+
 def _unique(values: list[Any]) -> list[Any]:
     if len(set(values)) < len(values):
         raise HealingError("names a value twice")
@@ -155,6 +159,12 @@ def _precision(value: Any) -> str:
     return choose(value, PRECISIONS, "precision")
 
 
+def _aggregation(value: Any) -> str:
+    from healing_utils.activations import AGGREGATIONS
+
+    return choose(value, AGGREGATIONS, "aggregation")
+
+
 PARAMETERS: dict[str, Parameter] = {
     "run": Parameter("data/runs/quick", _text(), "the run's folder: records, tables, figures"),
     "model": Parameter("organism", _names, "hub name or folder of the encoder, or several"),
@@ -180,7 +190,7 @@ PARAMETERS: dict[str, Parameter] = {
     "train_size": Parameter(1000, _integer(1, True), "labelled examples, null for all"),
     "validation_size": Parameter(200, _integer(1), "held out of training for learning curves"),
     "test_size": Parameter(None, _integer(1, True), "scored examples, null for all"),
-    "epochs": Parameter(6.0, _number(0, 1000, True), "passes over the training examples"),
+    "epochs": Parameter(4.0, _number(0, 1000, True), "passes over the training examples"),
     "batch_size": Parameter(32, _integer(1), "examples in a step"),
     "learning_rate": Parameter(5e-4, _number(0, 1, True), "peak learning rate"),
     "weight_decay": Parameter(0.01, _number(0, 1), "of AdamW"),
@@ -193,6 +203,34 @@ PARAMETERS: dict[str, Parameter] = {
     "device": Parameter(None, _text(True), "cpu or cuda, null for the best there is"),
     "threads": Parameter(1, _integer(1), "CPU threads; results repeat for the same number"),
     "workers": Parameter(2, _integer(1), "processes that share the cells of a stage"),
+    # 04_linguistics
+    "corpus": Parameter(
+        ["organism"], _names, "corpus whose words are labelled: a name or a file, or several"
+    ),
+    "column": Parameter(["pos"], _columns, "its labels; of several corpora one each"),
+    "corpus_test": Parameter(None, _text(True), "file of the test part, where it is another one"),
+    "aggregation": Parameter(
+        "last", _aggregation, "which of a word's subwords speaks for it: first, last or mean"
+    ),
+    "probe_train": Parameter(
+        200, _integer(2, True), "training sentences of a corpus, null for all"
+    ),
+    "probe_test": Parameter(200, _integer(1, True), "scored sentences of a corpus, null for all"),
+    "probe_models": Parameter(
+        None,
+        _columns,
+        "models that are probed, null for the study's own",
+    ),
+    "probe_tasks": Parameter(
+        None, _columns, "tasks whose fine-tuned models are probed, null for the study's own"
+    ),
+    "neuron_delta": Parameter(
+        0.01, _number(0, 0.99), "accuracy that the minimal set of neurons may lose"
+    ),
+    "healed_tasks": Parameter(
+        None, _tasks, "tasks whose broken and healed models are probed, null for all"
+    ),
+    "probe_levels": Parameter(["1/2"], _levels, "levels at which those are probed, kind reinit"),
     # 00_model_organism only
     "pretraining_steps": Parameter(40, _integer(1), "steps of the pre-training shown"),
     "publish": Parameter(False, _flag, "train fully and replace the shipped organism"),

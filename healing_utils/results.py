@@ -15,11 +15,25 @@ if TYPE_CHECKING:
     import pandas
 
 TASK_STAGES = ("baseline", "corruption", "recovery")
+STAGES = (*TASK_STAGES, "probing", "neurons")
 COLUMNS = (
     "model", "task", "state", "side", "level", "kind", "part", "strength", "layers", "n_layers",
     "seed", "metric", "score", "score_f1", "score_accuracy", "score_matthews", "score_spearman",
     "chance", "chance_f1", "chance_accuracy", "test_size", "train_size", "train_tokens", "seconds",
     "device", "precision", "threads", "versions", "key",
+)  # fmt: skip
+PROBED_COLUMNS = (
+    "model", "architecture", "task", "state", "side", "level", "kind", "layers", "n_layers", "seed",
+    "corpus", "column",
+)  # fmt: skip
+PROBING_COLUMNS = (
+    *PROBED_COLUMNS, "layer", "accuracy", "macro_f1", "majority", "control_accuracy", "selectivity",
+    "cka", "l1", "nonzero", "converged", "n_train", "n_test", "n_classes", "seconds", "device",
+    "threads", "versions", "key",
+)  # fmt: skip
+NEURON_COLUMNS = (
+    *PROBED_COLUMNS, "k", "neurons", "share", "delta", "dev_full", "dev_minimal", "test_full",
+    "test_minimal", "center_of_mass", "seconds", "device", "threads", "versions", "key",
 )  # fmt: skip
 CELL_COLUMNS = ("model", "task", "state", "side", "level", "kind", "part", "strength", "n_layers",
                 "seed", "metric")  # fmt: skip
@@ -39,20 +53,57 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
     for name in ("test_size", "train_size", "train_tokens"):
         flat[name] = result.get(name)
     flat["precision"] = result.get("precision", "float32")  # scoring alone is in float32
+    return flat | _made(record)
+
+
+def _made(record: dict[str, Any]) -> dict[str, Any]:
+    """What stands beside a record's numbers."""
     versions = record["made"]["versions"]
-    flat["versions"] = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    flat["seconds"] = record["times"]["seconds"]
-    flat["device"], flat["threads"] = record["made"]["device"], record["made"]["threads"]
-    flat["key"] = record["key"]
-    return flat
+    return {
+        "versions": f"torch {versions['torch']}, transformers {versions['transformers']}",
+        "seconds": record["times"]["seconds"],
+        "device": record["made"]["device"],
+        "threads": record["made"]["threads"],
+        "key": record["key"],
+    }
 
 
-def table(records: Iterable[dict[str, Any]]) -> pandas.DataFrame:
-    """One row a record, ordered by what the rows say and not by when they were made."""
+def _probed(record: dict[str, Any]) -> dict[str, Any]:
+    """The cell of a record of the stages `probing` and `neurons`."""
+    cell = record["cell"]
+    return {name: cell[name] for name in PROBED_COLUMNS} | {"layers": tuple(cell["layers"])}
+
+
+def _probing_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a layer."""
+    cka = record["result"].get("cka")
+    return [
+        {
+            **_probed(record), **_made(record), **layer,
+            "cka": cka[layer["layer"]] if cka else float("nan"),
+        }
+        for layer in record["result"]["layers"]
+    ]  # fmt: skip
+
+
+def _neuron_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    result = record["result"]
+    found = {name: result[name] for name in NEURON_COLUMNS if name in result}
+    share = result["k"] / result["neurons"]
+    return [{**_probed(record), **_made(record), **found, "share": share}]
+
+
+def table(records: Iterable[dict[str, Any]], stage: str = "baseline") -> pandas.DataFrame:
+    """One row a record (of `probing` one a record and layer), ordered by what the rows say and not
+    by when they were made."""
     import pandas
 
-    frame = pandas.DataFrame([row(r) for r in records], columns=list(COLUMNS))
-    order = ["model", "task", "state", "kind", "level", "side", "layers", "seed", "key"]
+    rows, columns = {
+        "probing": (_probing_rows, PROBING_COLUMNS), "neurons": (_neuron_rows, NEURON_COLUMNS),
+    }.get(stage, (lambda record: [row(record)], COLUMNS))  # fmt: skip
+    frame = pandas.DataFrame([r for record in records for r in rows(record)], columns=list(columns))
+    order = ["model", "task", "state", "kind", "level", "side", "layers", "seed"]
+    order += [name for name in ("corpus", "column", "layer", "key") if name in frame]
     return frame.sort_values(order, ignore_index=True, kind="stable")
 
 
@@ -77,14 +128,17 @@ def load_results(run: str | Path, stage: str) -> pandas.DataFrame:
     """The finished cells of a stage of a run: one row a cell, with at least ``model task side level
     kind seed metric score score_f1 score_accuracy``.
 
-    Where the run says what it planned, records of other plans in the same folder are left out.
+    Of the stage ``probing`` it is one row a cell and layer (0 is the embeddings), with the columns
+    `PROBING_COLUMNS`; of ``neurons`` one row a cell, with `NEURON_COLUMNS` (`load_neurons` has the
+    rest). Where the run says what it planned, records of other plans in the same folder are left
+    out.
     Raises HealingError for an unknown stage and for a run that has no records of it.
     """
-    choose(stage, TASK_STAGES, "stage")
+    choose(stage, STAGES, "stage")
     folder = run_folder(run)
     if not folder.is_dir():
         raise HealingError(f"no such run: {folder}; make it with: healing run PROFILE")
-    frame = table(planned_records(folder, stage))
+    frame = table(planned_records(folder, stage), stage)
     if frame.empty:
         raise HealingError(f"run {folder} has no records of stage {stage!r}: run that stage first")
     return frame
@@ -146,6 +200,78 @@ def load_similarity(run: str | Path) -> pandas.DataFrame:
     if not rows:
         raise HealingError(f"run {run_folder(run)} has no broken models: run 02_corruption first")
     return _ordered(pandas.DataFrame(rows))
+
+
+def load_probed_scores(run: str | Path) -> pandas.DataFrame:
+    """The task scores of the models that the stage ``probing`` looked into, as `load_results` gives
+    them: also of tasks that the task stages did not plan. Raises HealingError where one is missing.
+    """
+    store = Store(run_folder(run))
+    names: dict[str, dict[str, Any]] = {}
+    for record in planned_records(store.run, "probing"):
+        cell = record["cell"]
+        if cell["network"]:
+            stage, key = cell["network"]
+            scored = store.read(stage, key)
+            if scored is None:
+                raise HealingError(
+                    f"run {store.run} lacks the score of the {cell['state']} model of task "
+                    f"{cell['task']}, seed {cell['seed']}: run 04_linguistics again"
+                )
+            # What the probing plan calls it: another run may have computed it under other names.
+            here = {name: cell[name] for name in ("model", "task", "side", "level", "kind")}
+            names[key] = {**scored, "cell": scored["cell"] | here}
+    if not names:
+        raise HealingError(f"run {store.run} has no probed models with a task: run 04 first")
+    return table(names.values())
+
+
+def has_stage(run: str | Path, stage: str) -> bool:
+    """Whether a run has finished cells of a stage."""
+    return next(planned_records(run_folder(run), choose(stage, STAGES, "stage")), None) is not None
+
+
+def load_neurons(run: str | Path, what: str) -> pandas.DataFrame:
+    """What the stage `neurons` found beside its table, a row each, with the cell's columns.
+
+    `what`: ``by_layer`` (``layer count share``: the minimal set's neurons in each layer), ``curve``
+    (``k share which accuracy``), ``ablation`` (``k share which score metric``), ``agreement``
+    (``first second spearman overlap``) or ``strongest`` (``rank layer neuron``).
+    """
+    import pandas
+
+    read = {
+        "by_layer": lambda r: [
+            {"layer": i, "count": n, "share": n / r["k"] if r["k"] else float("nan")}
+            for i, n in enumerate(r["by_layer"])
+        ],
+        "curve": lambda r: [row | {"share": row["k"] / r["neurons"]} for row in r["curve"]],
+        "ablation": lambda r: [row | {"share": row["k"] / r["neurons"]} for row in r["ablation"]],
+        "agreement": lambda r: [
+            {("overlap" if n.startswith("overlap") else n): v for n, v in row.items()}
+            for row in r["agreement"]
+        ],
+        "strongest": lambda r: [
+            {"rank": i, "layer": layer, "neuron": neuron}
+            for i, (layer, neuron) in enumerate(r["strongest"])
+        ],
+    }
+    choose(what, read, "table of the neurons")
+    rows = [
+        {**_probed(record), "key": record["key"], **found}
+        for record in planned_records(run_folder(run), "neurons")
+        for found in read[what](record["result"])
+    ]
+    if not rows:
+        raise HealingError(f"run {run_folder(run)} has no {what} of neurons: run 04 first")
+    frame = pandas.DataFrame(rows)
+    order = ["model", "task", "state", "seed", "corpus", "column"]
+    return frame.sort_values(order, kind="stable", ignore_index=True)
+
+
+def architectures(probing: pandas.DataFrame) -> dict[str, str]:
+    """Each model's architecture, from a table of the stage `probing`."""
+    return dict(zip(probing["model"], probing["architecture"], strict=True))
 
 
 def describe_origin(frame: pandas.DataFrame) -> str:

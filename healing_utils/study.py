@@ -1,6 +1,7 @@
 """The study's stages: from parameters to cells, from cells to records.
 
-A cell is one (model, task, corruption, recipe, seed). Its key is a hash of what determines its
+A cell is one (model, task, corruption, recipe, seed); those of the stages `probing` and `neurons`,
+which look into such a model, are in `linguistics`. Its key is a hash of what determines its
 result and of nothing else, so a finished cell is found again whatever asked for it.
 """
 
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
 
 # Raised whenever a change makes the same parameters give other numbers: old records stay readable
 # and are no longer taken for finished cells.
-NUMERICS = 1
+NUMERICS = 2
 STAGES = ("baseline", "corruption", "recovery")
+PROBING_STAGES = ("probing", "neurons")
 RECIPE = (
     "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm",
     "max_length", "max_tokens", "evaluations", "precision",
@@ -117,6 +119,7 @@ class Study:
         self.device = pick_device(self.parameters["device"])
         # Kept by the study and not by the process: a kernel outlives changes of a local file.
         self._tasks: dict[str, tasks.TaskData] = {}
+        self.corpora: dict[tuple[str, str | None], Any] = {}
         self._examples: dict[tuple[str, str, int], Examples] = {}
         self._contents: dict[tuple[str, int], tuple[str, str, str]] = {}
         self._test_contents: dict[str, str] = {}
@@ -191,11 +194,13 @@ class Study:
             )  # fmt: skip
         return self._contents[key]
 
-    def _cell(
-        self, stage: str, state: str, model: str, task: str, seed: int, side: str = "none",
+    def cell(
+        self, state: str, model: str, task: str, seed: int, side: str = "none",
         level: float = 0.0, kind: str = "none", layers: tuple[int, ...] = (),
     ) -> Cell:  # fmt: skip
+        """The cell of a model that is scored on a task, planned or not."""
         p = self.parameters
+        stage = {"intact": "baseline", "broken": "corruption"}.get(state, "recovery")
         config = models.load_config(model, p["model_revision"])
         data = self.task(task)
         determinants = {
@@ -239,35 +244,24 @@ class Study:
 
     def plan(self, stage: str) -> list[Cell]:
         """The cells of a stage, in the order in which they are computed."""
-        choose(stage, STAGES, "stage")
+        choose(stage, (*STAGES, *PROBING_STAGES), "stage")
+        if stage in PROBING_STAGES:
+            from healing_utils import linguistics
+
+            return list(linguistics.plan(self, stage))
         p, cells = self.parameters, []
         for model in p["model"]:
             grid = self.corruptions(model) if stage != "baseline" else []
+            n_layers = models.load_config(model, p["model_revision"]).num_hidden_layers
+            everything = ("all", 1.0, "scratch", tuple(range(n_layers)))
             for task in p["task"]:
                 for seed in p["seeds"]:
                     if stage == "baseline":
-                        cells.append(self._cell(stage, "intact", model, task, seed))
-                        continue
+                        cells.append(self.cell("intact", model, task, seed))
                     state = "broken" if stage == "corruption" else "healed"
-                    for side, level, kind, layers in grid:
-                        cells.append(
-                            self._cell(stage, state, model, task, seed, side, level, kind, layers)
-                        )
+                    cells += [self.cell(state, model, task, seed, *entry) for entry in grid]
                     if stage == "recovery" and p["scratch"]:
-                        n_layers = models.load_config(model, p["model_revision"]).num_hidden_layers
-                        cells.append(
-                            self._cell(
-                                stage,
-                                "scratch",
-                                model,
-                                task,
-                                seed,
-                                "all",
-                                1.0,
-                                "scratch",
-                                tuple(range(n_layers)),
-                            )  # fmt: skip
-                        )
+                        cells.append(self.cell("scratch", model, task, seed, *everything))
         return cells
 
     # -- running -----------------------------------------------------------------------------
@@ -346,19 +340,26 @@ class Study:
                     self._compute(cell, on_step)
 
     def table(self, stage: str, cells: list[Cell] | None = None) -> pandas.DataFrame:
-        """The stage's finished cells; raises HealingError naming a planned cell that is missing."""
+        """The stage's finished cells; raises HealingError naming a planned cell that is missing.
+
+        One row a cell; of the stage `probing` one row a cell and layer."""
         found = []
         for cell in cells or self.plan(stage):
-            record = self.store.read(stage, cell.key)
+            record = self.store.read(cell.stage, cell.key)
             if record is None:
                 raise HealingError(
-                    f"stage {stage} lacks the cell {cell.name}: run that stage first "
+                    f"stage {cell.stage} lacks the cell {cell.name}: run that stage first "
                     f"(in {self.run_folder})"
                 )
             # The record may have been made under another name of the same cell (a side, a metric, a
             # model's folder): the table says what was asked for here.
             found.append({**record, "cell": cell.columns()})
-        return table(found)
+        return table(found, stage)
+
+    def finish(self, cell: Cell) -> None:
+        """Compute one cell unless it is there; wait where another run is at it."""
+        while not self._compute(cell, lambda *_: None):
+            time.sleep(1)
 
     def _compute(self, cell: Cell, on_step: Callable[..., None]) -> bool:
         """Compute and record a cell; False where another run is at it."""
@@ -368,7 +369,7 @@ class Study:
             if self.store.read(cell.stage, cell.key) is not None:
                 return True
             start = time.perf_counter()
-            result = COMPUTE[cell.state](self, cell, on_step)
+            result = self._work(cell)(self, cell, on_step)
             record = {
                 "cell": cell.columns(),
                 "determinants": json.loads(cell.determinants),
@@ -381,6 +382,14 @@ class Study:
             }
             self.store.write(cell.stage, cell.key, record)
             return True
+
+    @staticmethod
+    def _work(cell: Cell) -> Callable[[Study, Cell, Callable[..., None]], dict[str, Any]]:
+        if cell.stage in PROBING_STAGES:
+            from healing_utils import linguistics
+
+            return linguistics.COMPUTE[cell.stage]
+        return COMPUTE[cell.state]
 
     def provenance(self) -> dict[str, Any]:
         """What stands beside a result but is not part of its key."""
@@ -421,6 +430,7 @@ class Study:
             "skipped_steps": training.skipped_steps,
             "max_tokens": training.max_tokens,
             "precision": training.precision,
+            "shortcut": training.shortcut,
             "losses": [round(loss, 5) for loss in training.losses],
             "curve": training.curve,
         }
@@ -446,27 +456,35 @@ class Study:
         tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
         write_atomically(self.store.weights_path(cell.key), save(tensors))
 
-    def fine_tuned(self, model: str, task: str, seed: int) -> torch.nn.Module:
-        """The intact model after fine-tuning: from the run's folder, or trained again."""
+    def network(self, cell: Cell) -> torch.nn.Module:
+        """The model that a cell scores, on this study's device, in evaluation mode.
+
+        From the run's folder where its weights were kept, else made again.
+        """
+        if cell.state == "broken":
+            broken = self.network(self.cell("intact", cell.model, cell.task, cell.seed))
+            self._corrupt(cell, broken)
+            return broken
         from safetensors.torch import load
 
-        cell = self._cell("baseline", "intact", model, task, seed)
-        network = self._load(cell)
+        network = self._load(cell, scratch=cell.state == "scratch")
         path = self.store.weights_path(cell.key)
         try:
             network.load_state_dict(load(path.read_bytes()))
         except FileNotFoundError:
+            if cell.state == "healed":
+                self._corrupt(cell, network)
             self._train_and_score(cell, network, lambda *_: None)
             self._save_weights(cell, network)
         except Exception as error:  # truncated: safetensors and torch each have their own errors
             print(f"weights {path} are unusable ({error}); trained again", file=sys.stderr)
             path.unlink(missing_ok=True)
-            return self.fine_tuned(model, task, seed)
+            return self.network(cell)
         return network.to(self.device).eval()
 
     def _broken(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
-        intact = self.fine_tuned(cell.model, cell.task, cell.seed)
-        broken = self.fine_tuned(cell.model, cell.task, cell.seed)
+        intact = self.network(self.cell("intact", cell.model, cell.task, cell.seed))
+        broken = self.network(self.cell("intact", cell.model, cell.task, cell.seed))
         report = self._corrupt(cell, broken)
         test = self.examples(cell.model, cell.task, cell.seed).test
         few = slice(0, SIMILARITY_EXAMPLES)
@@ -482,7 +500,21 @@ class Study:
     def _healed(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
         model = self._load(cell)
         report = self._corrupt(cell, model)
-        return {**self._train_and_score(cell, model, on_step), "changed": _summary(report)}
+        result = {**self._train_and_score(cell, model, on_step), "changed": _summary(report)}
+        if self._is_probed(cell):
+            self._save_weights(cell, model)
+        return result
+
+    def _is_probed(self, cell: Cell) -> bool:
+        """Whether 04_linguistics looks inside this corrupted model."""
+        levels = {parse_level(level) for level in self.parameters["probe_levels"]}
+        return cell.task in self.healed_tasks and cell.kind == "reinit" and cell.level in levels
+
+    @property
+    def healed_tasks(self) -> list[str]:
+        """Tasks whose broken and healed models are probed."""
+        given = self.parameters["healed_tasks"]
+        return self.parameters["task"] if given is None else given
 
     def _scratch(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
         return self._train_and_score(cell, self._load(cell, scratch=True), on_step)

@@ -67,7 +67,7 @@ def claim_sentences(claims: pandas.DataFrame) -> list[str]:
             f"{row.claim}, {row.kind}, {row.model}: {row.statement}. {row.verdict.capitalize()}"
             f" - {points[0]:.1f} points, 95 % interval {points[1]:.1f} to {points[2]:.1f} over "
             f"{row.n} units ({row.units}); corrected p {row.p_corrected:.3f}, the smallest p that "
-            f"so many units can reach {row.smallest_p:.3f}: {row.reason}."
+            f"so many units can reach {row.smallest_p:.2g}: {row.reason}."
             + ("" if row.evidence == "evidence" else f" ({row.evidence}.)")
         )
     return lines

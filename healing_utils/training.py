@@ -3,8 +3,9 @@
 What makes it faster than a general trainer, none of it changing the gradients:
 
 - batches are cut from length-sorted buckets, so almost nothing is padding;
-- the word-embedding table holds only the rows that the task's ids use (the other rows have no
-  gradient; the weight decay that they would have had is applied once, when they are put back);
+- the last layer is computed for the first token alone where the head reads no other, dropout's
+  random numbers are drawn faster, and the word-embedding table holds only the rows that the task's
+  ids use (`shortcuts`);
 - AdamW and gradient clipping run fused, over all parameters in one call;
 - mixed precision where the device computes it natively.
 """
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from healing_utils.errors import HealingError, choose
 from healing_utils.progress import Progress
+from healing_utils.shortcuts import cut_embeddings, first_token_layers, quick_dropout
 
 BUCKET = 50  # batches sorted by length together; larger pads less and shuffles less
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -149,57 +151,17 @@ def _epoch(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> li
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def _probe_rows(lengths: np.ndarray) -> np.ndarray:
+    """A few examples whose batch has padding where any batch has."""
+    order = np.argsort(lengths, kind="stable")
+    return order[np.unique([0, len(order) // 2, len(order) - 1])]
+
+
 def _by_budget(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
     """Cut a batch into micro-batches of at most `max_tokens` tokens, padding included."""
     size = max(1, max_tokens // int(lengths[rows].max()))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-
-class _CutEmbedding(nn.Module):
-    """An embedding that stores only the rows of `ids`; takes the full vocabulary's ids."""
-
-    def __init__(self, full: nn.Embedding, ids: torch.Tensor):
-        super().__init__()
-        lookup = torch.full((full.num_embeddings,), -1, dtype=torch.long, device=ids.device)
-        lookup[ids] = torch.arange(len(ids), device=ids.device)
-        self.register_buffer("lookup", lookup, persistent=False)
-        self.weight = nn.Parameter(full.weight.detach()[ids].clone())
-        pad = full.padding_idx
-        self.padding_idx = None if pad is None or lookup[pad] < 0 else int(lookup[pad])
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(self.lookup[input_ids], self.weight, self.padding_idx)
-
-
-@contextlib.contextmanager
-def cut_embeddings(model: nn.Module, *data: Encoded) -> Iterator[dict[str, float]]:
-    """Train with only the word-embedding rows that `data` uses; put the table back at the end.
-
-    Yields ``{"decay": 1.0}``: multiply it by each step's (1 - learning rate x weight decay), and
-    the rows that were away decay by as much when they return. Does nothing where the table is tied
-    to an output layer, whose loss reaches every row.
-    """
-    state = {"decay": 1.0}
-    full = model.get_input_embeddings()
-    output = model.get_output_embeddings()
-    tied = output is not None and getattr(output, "weight", None) is full.weight
-    if tied or type(full) is not nn.Embedding or not full.weight.requires_grad:
-        yield state
-        return
-    used = {d.pad[0] for d in data}
-    for d in data:
-        used.update(*d.ids)
-    ids = torch.tensor(sorted(used), device=full.weight.device)
-    cut = _CutEmbedding(full, ids)
-    model.set_input_embeddings(cut)
-    try:
-        yield state
-    finally:
-        with torch.no_grad():
-            full.weight.mul_(state["decay"])
-            full.weight[ids] = cut.weight
-        model.set_input_embeddings(full)
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -287,6 +249,7 @@ class Training:
     threads: int
     max_tokens: int
     skipped_steps: int = 0
+    shortcut: str = "nothing"  # which layers' arithmetic was shortened, see `shortcuts`
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -378,12 +341,15 @@ def fine_tune(
     with (
         bar or contextlib.nullcontext(),
         seeded(seed, device),
+        quick_dropout(model),
+        first_token_layers(model, collate(train, _probe_rows(lengths), device)) as layers,
         cut_embeddings(model, train, *others) as cut,
     ):
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = _parameter_groups(model, weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
         batches: list[np.ndarray] = []
+        done.shortcut = layers
         model.train()
         start = time.perf_counter()
         for step in range(steps):

@@ -27,8 +27,8 @@ DECLARED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 ALL = DECLARED + [Requirement(text) for extra in EXTRAS.values() for text in extra]
 # Distributions whose module has another name.
 MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
-# Needed at run time without being imported by the package.
-NOT_IMPORTED = {"ipykernel"}
+# Needed at run time without an import statement: `corpora` imports the last two by name.
+NOT_IMPORTED = {"ipykernel", "conllu", "nltk"}
 # Imported by their own names, brought by a dependency that cannot do without them.
 BROUGHT = {
     "IPython": ("ipykernel", "ipython"),
@@ -36,6 +36,7 @@ BROUGHT = {
     "bs4": ("nbconvert", "beautifulsoup4"),
     "markupsafe": ("jinja2", "markupsafe"),
     "pygments": ("nbconvert", "pygments"),
+    "tokenizers": ("transformers", "tokenizers"),
 }
 
 

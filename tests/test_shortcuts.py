@@ -1,0 +1,198 @@
+"""Shortcuts of a training step: the same function and the same gradients, with less arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from families import FAMILIES
+from helpers import random_examples
+from test_training import QUIET, classifier, largest_difference, weights
+
+from healing_utils import shortcuts, training
+from healing_utils.encoders import encoder_layers
+from healing_utils.shortcuts import dropout, first_token_layers, quick_dropout
+from healing_utils.training import collate, fine_tune
+
+SHORTENED = {"bert", "roberta", "electra", "distilbert"}
+
+
+def batch(family: str = "bert", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Five random examples of different lengths, padded."""
+    pad = (5, 0, "left") if family == "xlnet" else (0, 0, "right")
+    data = random_examples(5, seed=seed, pad=pad)
+    return collate(data, torch.arange(5).numpy(), torch.device("cpu"))
+
+
+# --- Dropout --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.1, 0.37, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(401, 999)
+    out = dropout(x, p)
+    share = (out == 0).double().mean().item()
+    # Five standard errors of a share over 400,599 values, and p's rounding to 2^-16.
+    assert abs(share - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+    kept = out[out != 0].unique()
+    assert len(kept) == 1 and abs(kept.item() * (1 - p) - 1) < 2**-15 / (1 - p)
+    # No pattern along the four values that share one 64-bit draw, nor from row to row.
+    zeros = (out == 0).double().flatten()[: 401 * 996]
+    lags = [((zeros - share) * (zeros.roll(k) - share)).mean().item() for k in (1, 2, 3, 4, 999)]
+    assert max(map(abs, lags)) < 5 * p * (1 - p) / zeros.numel() ** 0.5
+
+
+def test_dropout_repeats_from_a_seed_and_rests_in_evaluation():
+    x = torch.randn(7, 3)  # 21 values: not a multiple of the four that one draw gives
+    torch.manual_seed(5)
+    first = dropout(x, 0.5)
+    assert not torch.equal(first, dropout(x, 0.5))
+    torch.manual_seed(5)
+    assert torch.equal(first, dropout(x, 0.5))
+    assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0) is x
+    assert torch.equal(dropout(x, 0.99999) == 0, torch.ones(7, 3, dtype=torch.bool))
+
+
+def test_dropout_sends_gradients_where_values_went():
+    x = torch.randn(50, 8, requires_grad=True)
+    out = dropout(x, 0.3)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(gradient * x, out)
+
+
+def test_every_dropout_of_a_model_is_quick_inside_the_block_and_torchs_outside():
+    model = classifier(dropout=0.5)
+    modules = [m for m in model.modules() if type(m) is torch.nn.Dropout]
+    x = torch.ones(100)
+    model.train()
+    with quick_dropout(model):
+        torch.manual_seed(0)
+        inside = modules[0](x)
+        torch.manual_seed(0)
+        assert torch.equal(inside, dropout(x, 0.5))
+        model.eval()
+        assert modules[0](x) is x
+    model.train()
+    torch.manual_seed(0)
+    outside = modules[0](x)
+    torch.manual_seed(0)
+    assert torch.equal(outside, torch.nn.functional.dropout(x, 0.5))
+
+
+# --- Layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_the_whole_computation(family):
+    model = classifier(family)
+    examples = batch(family)
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        logits = model(**examples).logits
+        logits.square().sum().backward()
+        return logits.detach(), {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+        }
+
+    logits, gradients = run()
+    with first_token_layers(model, batch(family, seed=1)) as used:
+        short_logits, short_gradients = run()
+    assert used == ("first token" if family in SHORTENED else "nothing")
+    assert torch.allclose(short_logits, logits, atol=1e-6)
+    # Float32 rounding; a gradient of a tiny model is around 0.01 to 1.
+    assert largest_difference(short_gradients, gradients) < 1e-5
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", sorted(SHORTENED))
+def test_training_gives_the_same_weights(family, monkeypatch):
+    data = random_examples(40, seed=3)
+    short, whole = classifier(family), classifier(family)
+    done = fine_tune(short, data, epochs=2, batch_size=8, learning_rate=1e-3, **QUIET)
+    monkeypatch.setattr(
+        training, "first_token_layers", lambda *_: contextlib.nullcontext("nothing")
+    )
+    fine_tune(whole, data, epochs=2, batch_size=8, learning_rate=1e-3, **QUIET)
+    assert done.shortcut == "first token"
+    before, after = weights(short), weights(whole)
+    # AdamW divides by the gradient's size: where the true gradient is zero, as for the key's bias,
+    # rounding decides its sign and the step is a full one. No output depends on those.
+    for name in list(before):
+        if "key.bias" in name or "k_lin.bias" in name:
+            del before[name], after[name]
+    assert largest_difference(before, after) < 1e-4
+
+
+def test_attention_weights_that_do_not_sum_to_one_count_the_values_bias(monkeypatch):
+    """Under dropout they do not: here every second column is dropped, the others doubled."""
+
+    def every_second(x, p, training=True):
+        columns = torch.arange(x.shape[-1])
+        return x * (2.0 * (columns % 2 == 0)) if training else x
+
+    monkeypatch.setattr(shortcuts, "dropout", every_second)
+    model = classifier("bert", dropout=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    (last,) = encoder_layers(model)[-1:]
+    layer = shortcuts._read(last)
+    x = torch.randn(4, 9, 16)
+    mask = torch.ones(4, 1, 9, 9, dtype=torch.bool)
+    mask[1, :, :, 5:] = False
+    whole = shortcuts._all_tokens(layer, x, mask, training=True)
+    first = shortcuts._first_token(layer, x, mask, training=True)
+    assert torch.allclose(first, whole[:, :1], atol=1e-5)
+    assert not torch.allclose(whole, shortcuts._all_tokens(layer, x, mask, training=False))
+
+
+def test_a_head_that_reads_every_token_gets_every_token():
+    model = classifier("bert")
+    pooler = model.bert.pooler
+    pooler.forward = lambda states: torch.tanh(pooler.dense(states.mean(1)))
+    examples = batch()
+    wanted = model(**examples).logits
+    with first_token_layers(model, examples) as used:
+        assert used == "all tokens"
+        assert torch.allclose(model(**examples).logits, wanted, atol=1e-6)
+
+
+def test_a_head_that_is_all_zero_tells_nothing_about_what_it_reads():
+    model = classifier("bert")
+    torch.nn.init.zeros_(model.classifier.weight)
+    with first_token_layers(model, batch()) as used:
+        assert used == "all tokens"
+
+
+def test_a_layer_that_only_looks_like_berts_is_left_alone():
+    model = classifier("bert")
+    layer = encoder_layers(model)[0]
+    original = type(layer).forward
+
+    class Louder(type(layer)):
+        def forward(self, *given, **named):
+            return 1.1 * original(self, *given, **named)
+
+    layer.__class__ = Louder
+    examples = batch()
+    wanted = model(**examples).logits
+    with first_token_layers(model, examples) as used:
+        assert used == "nothing"
+        assert torch.equal(model(**examples).logits, wanted)
+
+
+def test_frozen_encoders_and_failures_leave_the_model_as_it_was():
+    frozen = classifier("bert")
+    for parameter in frozen.bert.parameters():
+        parameter.requires_grad_(False)
+    with first_token_layers(frozen, batch()) as used:
+        assert used == "all tokens"
+    model = copy.deepcopy(frozen)
+    with pytest.raises(KeyError), first_token_layers(model, batch()), quick_dropout(model):
+        raise KeyError
+    assert not any("forward" in vars(module) for module in model.modules())
