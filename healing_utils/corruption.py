@@ -25,8 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from healing_utils.encoders import (
+    OUTER_PARTS,
+    PARTS,
     Piece,
     encoder_layers,
+    outer_parts,
     parse_layers,
     parse_level,
     part_pieces,
@@ -45,7 +48,7 @@ class Target:
     """One parameter to corrupt, as a kind sees it.
 
     `name` is relative to the encoder, `piece` says its role inside `layer`, `layer_index` where it
-    is.
+    is; -1 is beside the layers (embeddings, pooler).
     """
 
     name: str
@@ -55,14 +58,32 @@ class Target:
     layer: torch.nn.Module
     model: torch.nn.Module
 
+    @property
+    def rows(self) -> slice:
+        return slice(None) if self.piece.rows is None else self.piece.rows
+
+    def replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The whole parameter on the CPU in float32, with the rows meant put through `change`."""
+        values = self.parameter.detach().to("cpu", torch.float32, copy=True)
+        values[self.rows] = change(values[self.rows]).view_as(values[self.rows])
+        return values
+
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of corruption. `strength` says what its strength means; None: it has none."""
+    """A kind of corruption.
+
+    `strength` says what its strength means, None where it has none, and `allowed` which values it
+    may have. Where `spares_vectors`, biases and normalisations keep their values. `cannot_heal`
+    names the parts that no gradient can bring back.
+    """
 
     name: str
     values: Callable[[Target, torch.Generator, float | None], torch.Tensor]
-    strength: str | None
+    strength: str | None = None
+    allowed: tuple[float, float] = (0.0, math.inf)
+    spares_vectors: bool = False
+    cannot_heal: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -73,8 +94,8 @@ class Kind:
 KINDS: dict[str, Kind] = {}
 
 
-def _kind(strength: str | None = None) -> Callable[[Callable], Callable]:
-    """Enter a function into the table under its own name.
+def _kind(strength: str | None = None, **properties: Any) -> Callable[[Callable], Callable]:
+    """Enter a function into the table under its own name, with the properties of `Kind`.
 
     It is called as ``function(target, generator, strength)``, must not change anything, and returns
     the new values of the *whole* parameter, shaped like it, on the CPU; every random draw uses
@@ -82,7 +103,7 @@ def _kind(strength: str | None = None) -> Callable[[Callable], Callable]:
     """
 
     def enter(function: Callable) -> Callable:
-        KINDS[function.__name__] = Kind(function.__name__, function, strength)
+        KINDS[function.__name__] = Kind(function.__name__, function, strength, **properties)
         return function
 
     return enter
@@ -153,6 +174,136 @@ def init(target: Target, generator: torch.Generator, strength: None) -> torch.Te
     return values
 
 
+@_kind()
+def matched(target: Target, generator: torch.Generator, strength: None) -> torch.Tensor:
+    """Normal values with each tensor's own mean and standard deviation.
+
+    What was learnt is gone and the scale of every tensor is kept: beside `reinit`, whose draws are
+    several times as large, it tells how much of the damage is scale. A tensor whose values are all
+    alike stays as it is.
+    """
+
+    def drawn(values: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(values.shape, generator=generator, device="cpu")
+        return values.mean() + values.std(correction=0) * noise
+
+    return target.replace(drawn)
+
+
+@_kind("standard deviation of the noise, in units of the tensor's own")
+def noise(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
+    """Gaussian noise added, relative to each tensor's standard deviation.
+
+    A tensor whose values are all alike has no scale and stays as it is.
+    """
+
+    def noisy(values: torch.Tensor) -> torch.Tensor:
+        scale = strength * values.std(correction=0)
+        return values + scale * torch.randn(values.shape, generator=generator, device="cpu")
+
+    return target.replace(noisy)
+
+
+@_kind(cannot_heal=("all", "attention", "feed_forward", "embeddings"))
+def zero(target: Target, generator: torch.Generator, strength: None) -> torch.Tensor:
+    """Every value 0.
+
+    Where a whole block is zero its matrices get no gradient, each one's being a product with
+    another's values: such a block cannot heal, only be passed by through its residual connection.
+    """
+    return target.replace(torch.zeros_like)
+
+
+@_kind()
+def permute(target: Target, generator: torch.Generator, strength: None) -> torch.Tensor:
+    """The values of each tensor in random order: same distribution, no structure."""
+
+    def shuffled(values: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(values.numel(), generator=generator, device="cpu")
+        return values.flatten()[order]
+
+    return target.replace(shuffled)
+
+
+@_kind("probability that a value changes its sign", allowed=(0.0, 1.0))
+def sign_flip(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
+    """Signs flipped at random, each value's with the same probability."""
+
+    def flipped(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(_chosen(values, strength, generator), -values, values)
+
+    return target.replace(flipped)
+
+
+@_kind("probability that a bit flips, each of a value's 32", allowed=(0.0, 1.0))
+def bits_float32(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
+    """Random bit flips in the float32 representation, as faulty memory does.
+
+    A flipped exponent bit can make a value huge, infinite or not a number; the report counts those.
+    """
+    return target.replace(lambda values: _flip_bits(values, torch.int32, 32, strength, generator))
+
+
+@_kind("probability that a bit flips, each of a value's 16", allowed=(0.0, 1.0))
+def bits_bfloat16(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
+    """Random bit flips in the bfloat16 representation: values are rounded to it, then flipped."""
+
+    def flipped(values: torch.Tensor) -> torch.Tensor:
+        return _flip_bits(values.bfloat16(), torch.int16, 16, strength, generator).float()
+
+    return target.replace(flipped)
+
+
+@_kind("bits a value, from 2 to 16", allowed=(2, 16), spares_vectors=True)
+def quantise(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
+    """Matrices rounded to 2^bits - 1 levels, symmetric, one scale a row of the first axis.
+
+    The scale is the row's largest magnitude (Jacob et al. 2018, section 2, with the zero point at
+    0); a row of torch's linear layers is an output. Nothing is random. Biases and normalisations
+    are spared, as is usual.
+    """
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        rows = values.flatten(1)
+        step = rows.abs().amax(dim=1, keepdim=True) / (2 ** (int(strength) - 1) - 1)
+        return torch.where(step > 0, (rows / step).round() * step, rows)
+
+    return target.replace(rounded)
+
+
+@_kind("share of a tensor's values set to 0", allowed=(0.0, 1.0), spares_vectors=True)
+def prune(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
+    """The values of smallest magnitude in each matrix set to 0 (Han et al. 2015).
+
+    Exactly the share asked for, rounded to whole values; of equal magnitudes the first go first.
+    Nothing is random. Biases and normalisations are spared, as is usual.
+    """
+
+    def pruned(values: torch.Tensor) -> torch.Tensor:
+        flat = values.flatten()
+        smallest = flat.abs().argsort(stable=True)[: round(strength * flat.numel())]
+        return flat.index_fill(0, smallest, 0.0)
+
+    return target.replace(pruned)
+
+
+def _chosen(values: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """Which values are hit, each with `probability`; drawn with 53 bits, for small ones."""
+    drawn = torch.rand(values.shape, dtype=torch.float64, generator=generator, device="cpu")
+    return drawn < probability
+
+
+def _flip_bits(
+    values: torch.Tensor, whole: torch.dtype, bits: int, rate: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Each of the `bits` bits of every value flipped with probability `rate`."""
+    mask = torch.zeros(values.shape, dtype=torch.int64, device="cpu")
+    for bit in range(bits):
+        mask |= _chosen(values, rate, generator).long() << bit
+    mask = torch.where(mask >= 1 << bits - 1, mask - (1 << bits), mask)  # as a signed number
+    return (values.contiguous().view(whole) ^ mask.to(whole)).view(values.dtype)
+
+
 # --- The report -----------------------------------------------------------------------------------
 
 
@@ -162,7 +313,8 @@ class TensorChange:
 
     `std_before` and `std_after` are population standard deviations; `relative_change` is the norm
     of the difference over the norm before, None where the tensor was all zeros and is not any more.
-    Figures that are not finite are None.
+    Figures that are not finite are None; `not_finite` counts the values that are infinite or not a
+    number. `elements` is how many values were put through the kind.
     """
 
     name: str
@@ -173,12 +325,15 @@ class TensorChange:
     std_before: float | None
     std_after: float | None
     relative_change: float | None
+    not_finite: int = 0
 
 
 @dataclass(frozen=True)
 class CorruptionReport:
-    """What `corrupt` did. `side` is bottom, top, all (every layer) or custom (`layers` were named);
-    `level` is the fraction asked for, for custom layers the fraction that they are.
+    """What `corrupt` did. `side` is bottom, top, random, scattered, all (every layer), custom
+    (`layers` were named) or none (a part beside the layers); `level` is the fraction asked for, for
+    custom layers the fraction that they are. `cannot_heal` is set where no gradient can bring the
+    part back.
     """
 
     kind: str
@@ -190,11 +345,17 @@ class CorruptionReport:
     strength: float | None
     seed: int
     tensors: tuple[TensorChange, ...]
+    cannot_heal: bool = False
 
     @property
     def elements(self) -> int:
         """Number of values that were overwritten."""
         return sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def not_finite(self) -> int:
+        """Number of values that are infinite or not a number now."""
+        return sum(tensor.not_finite for tensor in self.tensors)
 
     def to_frame(self) -> pandas.DataFrame:
         """One row a tensor, with the columns of `TensorChange`."""
@@ -217,9 +378,15 @@ class CorruptionReport:
         strength = "" if self.strength is None else f" at strength {self.strength:g}"
         which = ", ".join(map(str, self.layers))
         layers = "layer" if len(self.layers) == 1 else "layers"
+        where = (
+            f"in {layers} {which} of {self.n_layers}{part}" if self.layers else f"in {self.part}"
+        )
+        notes = f", {self.not_finite:,} of them not finite" if self.not_finite else ""
+        if self.cannot_heal:
+            notes += "; no gradient can bring them back"
         return (
-            f"{self.kind}{strength} (seed {self.seed}) in {layers} {which} of {self.n_layers}"
-            f"{part}: {len(self.tensors)} tensors, {self.elements:,} values"
+            f"{self.kind}{strength} (seed {self.seed}) {where}: "
+            f"{len(self.tensors)} tensors, {self.elements:,} values{notes}"
         )
 
     def _repr_html_(self) -> str:
@@ -243,12 +410,15 @@ def corrupt(
 
     Parameters
     ----------
-    side, level, layers : which layers; see `encoders.resolve_layers`. Embeddings, pooler and head
-        are never touched.
+    side, level, layers : which layers; see `encoders.resolve_layers`. Of the controls, ``random``
+        takes as many layers drawn by the seed, and ``scattered`` hits a share `level` of the values
+        of every tensor in every layer. Embeddings and pooler are touched only where `part` says so,
+        the head never.
     kind : a key of `KINDS`.
     seed : a whole number from 0 up; the same seed gives the same values on every device, in every
         process and with every head, and in lower precision the cast of the same values.
-    part : a key of `encoders.PARTS`; the default is everything in a layer.
+    part : a key of `encoders.PARTS`, the default being everything in a layer; or ``embeddings`` or
+        ``pooler``, for which side, level and layers say nothing.
     strength : for kinds that have one; refused by the others.
 
     Nothing has changed when it raises HealingError: for an unknown name, a plan that selects
@@ -259,36 +429,60 @@ def corrupt(
     seed = _clean_seed(seed)
     strength = _clean_strength(rule, strength)
     stack = encoder_layers(model)
-    chosen = resolve_layers(len(stack), side, level, layers)
-    targets = [
-        Target(
-            name=f"layer.{index}.{piece.name}",
-            layer_index=index,
-            piece=piece,
-            parameter=stack[index].get_parameter(piece.name),
-            layer=stack[index],
-            model=model,
-        )
-        for index in chosen
-        for piece in part_pieces(stack[index], part)
-    ]
+    choose(part, (*PARTS, *OUTER_PARTS), "part")
+    if part in OUTER_PARTS:
+        side, level, chosen = "none", 0.0, ()
+        targets = _outer_targets(model, part)
+    else:
+        chosen = resolve_layers(len(stack), side, level, layers, seed)
+        targets = [
+            Target(f"layer.{i}.{piece.name}", i, piece, stack[i].get_parameter(piece.name),
+                   stack[i], model)
+            for i in chosen
+            for piece in part_pieces(stack[i], part)
+        ]  # fmt: skip
+        if parse_layers(layers) is not None:
+            side, level = "custom", len(chosen) / len(stack)
+        elif len(chosen) == len(stack) and side != "scattered":
+            side = "all"
+        level = parse_level(level)
+    if rule.spares_vectors:
+        targets = [t for t in targets if t.parameter.dim() > 1 and not t.piece.is_bias]
     if not targets:
+        where = f"layers {list(chosen)} of {type(model).__name__}" if chosen else "It"
         raise HealingError(
-            f"layers {list(chosen)} of {type(model).__name__} hold nothing of part {part!r}"
+            f"{where} hold{'' if chosen else 's'} nothing of part {part!r}"
+            + (f" that kind {kind!r} changes: it spares vectors" if rule.spares_vectors else "")
         )
     for target in targets:
         _check_storage(target)
 
     # All is drawn before any is written: a kind that refuses one parameter leaves the model whole.
     values = [rule.values(target, _generator(seed, target.name), strength) for target in targets]
-    changes = tuple(map(_write, targets, values))
-    if parse_layers(layers) is not None:
-        side, level = "custom", len(chosen) / len(stack)
-    elif len(chosen) == len(stack):
-        side = "all"
+    hit = [_scattered(target, level, seed) if side == "scattered" else None for target in targets]
+    changes = tuple(map(_write, targets, values, hit))
     return CorruptionReport(
-        kind, side, parse_level(level), chosen, len(stack), part, strength, seed, changes
-    )
+        kind, side, level, chosen, len(stack), part, strength, seed, changes,
+        cannot_heal=part in rule.cannot_heal and side != "scattered",
+    )  # fmt: skip
+
+
+def _outer_targets(model: torch.nn.Module, part: str) -> list[Target]:
+    return [
+        Target(f"{name}.{piece.name}", -1, piece, module.get_parameter(piece.name), module, model)
+        for name, module, pieces in outer_parts(model, part)
+        for piece in pieces
+    ]
+
+
+def _scattered(target: Target, level: float, seed: int) -> torch.Tensor:
+    """Which values of the rows meant are hit: exactly a share `level` of them, rounded."""
+    region = target.parameter[target.rows]
+    generator = _generator(seed, f"scattered:{target.name}")
+    order = torch.randperm(region.numel(), generator=generator, device="cpu")
+    hit = torch.zeros(region.numel(), dtype=torch.bool, device="cpu")
+    hit[order[: round(level * region.numel())]] = True
+    return hit.view(region.shape)
 
 
 def _clean_seed(seed: Any) -> int:
@@ -311,9 +505,16 @@ def _clean_strength(rule: Kind, strength: Any) -> float | None:
             )
         return None
     try:
-        return float(strength)
+        value = float(strength)
     except (TypeError, ValueError):
         raise HealingError(f"kind {rule.name!r} needs a strength: {rule.strength}") from None
+    low, high = rule.allowed
+    if not low <= value <= high:
+        allowed = f"from {low:g} up" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise HealingError(
+            f"strength {value:g} of kind {rule.name!r} must be {allowed}: {rule.strength}"
+        )
+    return value
 
 
 def _check_storage(target: Target) -> None:
@@ -337,12 +538,16 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def _write(target: Target, values: torch.Tensor) -> TensorChange:
-    """Copy the rows meant from the new values of the whole parameter; measure the difference."""
-    rows = slice(None) if target.piece.rows is None else target.piece.rows
+def _write(target: Target, values: torch.Tensor, hit: torch.Tensor | None) -> TensorChange:
+    """Copy the rows meant, or what is `hit` of them, from the new values of the whole parameter;
+    measure the difference."""
+    rows = target.rows
     region = target.parameter[rows]
     before = region.detach().to("cpu", torch.float64, copy=True)
-    region.copy_(values[rows])
+    if hit is None:
+        region.copy_(values[rows])
+    else:
+        region.copy_(torch.where(hit.to(region.device), values[rows].to(region), region))
     after = region.detach().to("cpu", torch.float64)
     size, moved = before.norm().item(), (after - before).norm().item()
     sliced = "" if target.piece.rows is None else f"[{rows.start}:{rows.stop}]"
@@ -351,10 +556,11 @@ def _write(target: Target, values: torch.Tensor) -> TensorChange:
         layer=target.layer_index,
         role=target.piece.role,
         shape=tuple(region.shape),
-        elements=region.numel(),
+        elements=region.numel() if hit is None else int(hit.sum()),
         std_before=_finite(before.std(correction=0).item()),
         std_after=_finite(after.std(correction=0).item()),
         relative_change=_finite(moved / size) if size else (0.0 if moved == 0 else None),
+        not_finite=int((~after.isfinite()).sum()),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 SIDES = ("bottom", "top")
+# Controls for side: as many layers at random, or the same share of every layer's values.
+CONTROLS = ("random", "scattered")
 
 _ATTENTION = ("query", "key", "value", "qkv", "position", "attention_output")
 # A part is a set of roles. `attention`, `feed_forward` and `layernorm` are disjoint and make up
@@ -41,6 +44,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "feed_forward": ("feed_forward",),
     "layernorm": ("layernorm",),
 }
+
+# Parts beside the layers; side, level and layers say nothing about them.
+OUTER_PARTS = ("embeddings", "pooler")
 
 # The last word of a parameter's name, inside an attention block, says its role.
 _WORDS = {
@@ -61,8 +67,9 @@ _THIRDS = re.compile(r"(wqkv|in_proj_weight|in_proj_bias)$")
 class Piece:
     """A parameter of a layer, or some rows of one, and the role it plays.
 
-    `name` is relative to the layer; `role` is one of ``PARTS["all"]``; `is_bias` tells a bias from
-    a weight; `rows` is None for the whole parameter, else the rows (first axis) meant.
+    `name` is relative to the layer; `role` is one of ``PARTS["all"]`` or `OUTER_PARTS`; `is_bias`
+    tells a bias from a weight; `rows` is None for the whole parameter, else the rows (first axis)
+    meant.
     """
 
     name: str
@@ -171,6 +178,47 @@ def part_pieces(layer: torch.nn.Module, part: str = "all") -> list[Piece]:
             start = ("query", "key", "value").index(part) * third
             pieces.append(Piece(piece.name, part, piece.is_bias, slice(start, start + third)))
     return pieces
+
+
+def outer_parts(
+    model: torch.nn.Module, part: str
+) -> list[tuple[str, torch.nn.Module, list[Piece]]]:
+    """(name, module, its pieces) of what `part`, one of `OUTER_PARTS`, stands for.
+
+    `embeddings` are the modules beside the stack that turn ids into the first layer's input: word,
+    position and type tables, their normalisation, ELECTRA's projection. `pooler` is a module of
+    that name. Names do not depend on the head. Raises HealingError where a model has no such part.
+    """
+    stack = _stack(model)
+    kind = type(model).__name__
+    paths = {id(module): name for name, module in model.named_modules()}
+    if choose(part, OUTER_PARTS, "part") == "pooler":
+        found = [
+            ("pooler", module)
+            for name, module in model.named_modules()
+            if name.split(".")[-1] == "pooler" and any(True for _ in module.parameters())
+        ]
+        if not found:
+            raise HealingError(
+                f"{kind} has no pooler: its head reads the last layer through weights of its own"
+            )
+        return [(name, module, _outer_pieces(module, part)) for name, module in found]
+    words = paths[id(model.get_input_embeddings())].split(".")
+    path = paths[id(stack)].split(".")
+    depth = next(i for i, (a, b) in enumerate(zip(words, path, strict=False)) if a != b)
+    encoder = model.get_submodule(".".join(words[:depth]))
+    return [
+        (name, child, _outer_pieces(child, part))
+        for name, child in encoder.named_children()
+        if "embed" in name and any(True for _ in child.parameters())
+    ]
+
+
+def _outer_pieces(module: torch.nn.Module, part: str) -> list[Piece]:
+    return [
+        Piece(name, "layernorm" if _is_norm(owner) else part, is_bias=name.endswith("bias"))
+        for name, owner, _ in _owned_parameters(module)
+    ]
 
 
 def _stack(model: torch.nn.Module) -> torch.nn.ModuleList:
@@ -331,11 +379,14 @@ def resolve_layers(
     side: str = "bottom",
     level: float | str = 0.5,
     layers: Sequence[int] | str | None = None,
+    seed: int = 0,
 ) -> tuple[int, ...]:
     """The 0-based indices, ascending, of the layers that a plan stands for.
 
     `level` of `n_layers` is rounded half up to whole layers (a quarter of 6 is 2), counted from the
     input (`bottom`) or from the output (`top`); level 1 gives all layers. `layers` overrides both.
+    Of the controls, `random` draws as many layers from `seed`, the same in every process, and
+    `scattered` means all layers, of whose values the level is a share.
     Raises HealingError for an unknown side, a level that rounds to no layer, and layers out of
     range.
     """
@@ -347,7 +398,7 @@ def resolve_layers(
                 f"layer {outside[0]} does not exist: the encoder has layers 0 to {n_layers - 1}"
             )
         return named
-    choose(side, SIDES, "side")
+    choose(side, (*SIDES, *CONTROLS), "side")
     # A float such as 1/6 or 0.15 stands for the fraction that a person wrote: a half stays a half.
     fraction = Fraction(parse_level(level)).limit_denominator(10_000)
     count = math.floor(fraction * n_layers + Fraction(1, 2))
@@ -356,6 +407,10 @@ def resolve_layers(
             f"level {level!r} of {n_layers} layers rounds to no layer at all; "
             f"the smallest level here is {1 / (2 * n_layers):.3g}"
         )
+    if side == "random":
+        return tuple(sorted(random.Random(f"layers:{seed}").sample(range(n_layers), count)))
+    if side == "scattered":
+        return tuple(range(n_layers))
     return tuple(range(count)) if side == "bottom" else tuple(range(n_layers - count, n_layers))
 
 
