@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test lab report lock badges bench colab-check lint clean
+.PHONY: help study test lab report lock badges bench bench-probing colab-check lint clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -47,6 +47,9 @@ report: $(READY)  ## Write the page of the newest run again
 
 bench: $(READY)  ## Measure the training loop against its peers
 	@$(BIN)/python tests/benchmarks/throughput.py $(ARGS)
+
+bench-probing: $(READY)  ## Measure the probes against NeuroX (NEUROX=its python) and scikit-learn
+	@$(BIN)/python tests/benchmarks/probing.py $(if $(NEUROX),--neurox $(NEUROX)) $(ARGS)
 
 colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
 	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/test_colab.py $(ARGS)

@@ -483,6 +483,7 @@ def stored_activations(
     device: str | torch.device | None = None,
     layers: Sequence[int] | None = None,
     progress: bool = False,
+    counts: dict[str, int] | None = None,
 ) -> np.memmap:
     """As `extract_activations`, in a file: a read-only memory map (layers, words, hidden).
 
@@ -495,8 +496,9 @@ def stored_activations(
     there, and the finished file equals an unbroken one to the bit. It stands under ``PATH.part``
     until it is finished. `identity` is what determines the weights and the tokenizer (see
     `healing_utils.models.identity`): a file made for another one, for other sentences or settings,
-    or one that was cut off, is begun anew, which is said. One process at a time writes one path,
-    which the claim of the caller's cell sees to.
+    or one that was cut off, is begun anew, which is said. The claim of the caller's cell keeps
+    others off the path; where claims fail (locks that are none), two processes write the same
+    values into the same places, and either may finish, and remove the file, before the other.
     """
     choose(aggregation, AGGREGATIONS, "aggregation")
     _check_sentences(sentences)
@@ -514,11 +516,16 @@ def stored_activations(
             try:
                 file.open()
                 _fill(file, base, tokenizer, sentences, aggregation, key, progress)
+                array = file.finish()
                 break
             except _TooLarge as error:
                 file.restart(f"{error}; float32 instead", dtype="float32")
+            except FileNotFoundError:
+                file.restart("another process removed it", dtype=file.state["dtype"])
     _say_windows(file.state["windowed"], len(sentences), limit)
-    return file.finish()
+    if counts is not None:
+        counts |= {name: file.state[name] for name in ("windowed", "unknown")}
+    return array
 
 
 def _fill(
@@ -623,7 +630,9 @@ class _File:
     def _create(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
-            array = np.lib.format.open_memmap(self.part, mode="w+", dtype=dtype, shape=shape)
+            array = self._beside_another(dtype, shape)
+            if array is None:
+                array = np.lib.format.open_memmap(self.part, mode="w+", dtype=dtype, shape=shape)
             if hasattr(os, "posix_fallocate"):
                 # A full disk is an error here; later, in the map, it would kill the process.
                 with open(self.part, "r+b") as file:
@@ -639,6 +648,18 @@ class _File:
         self.state["shape"] = list(shape)
         return array
 
+    def _beside_another(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap | None:
+        """The part that another process may be writing: to truncate it would zero what it wrote.
+
+        Every row is written again before this one counts as finished, so what is there of old does
+        no harm.
+        """
+        try:
+            array = np.lib.format.open_memmap(self.part, mode="r+")
+        except (OSError, ValueError):  # none, or cut off
+            return None
+        return array if array.shape == shape and array.dtype == dtype else None
+
     def _reopen(self) -> np.memmap:
         return np.lib.format.open_memmap(self.part, mode="r+")
 
@@ -651,7 +672,12 @@ class _File:
 
     def finish(self) -> np.memmap:
         """Give the file its name; the map that readers get."""
-        self.array = None
-        if self.part.exists():
+        with contextlib.suppress(FileNotFoundError):  # it was named before, or by another process
             os.replace(self.part, self.path)
-        return np.load(self.path, mmap_mode="r")
+        try:
+            return np.load(self.path, mmap_mode="r")
+        except FileNotFoundError:  # another process is done with it; what is mapped stays
+            if self.array is None:
+                raise
+            self.array.flags.writeable = False
+            return self.array

@@ -29,6 +29,7 @@ from healing_utils.statistics import (
     _LEVEL_DIGITS,
     ALPHA,
     CHANCE,
+    CORRELATIONS,
     DEMONSTRATION,
     Interval,
     _clean,
@@ -159,13 +160,20 @@ def above_chance(
     """Tasks whose fine-tuned (intact) score is above chance, and those left out of B1 to B3.
 
     A task of a model is kept where the t-interval over seeds of score - chance lies above zero;
-    one seed gives no interval and so keeps nothing. Both tables have one row per model and task:
+    one seed gives no interval and so keeps nothing. Of classes it is the accuracy that is compared,
+    with the majority label's: guesses have a higher macro-F1 than the majority label, and no higher
+    accuracy. Both tables have one row per model and task:
     ``model task metric score chance above low high n reason`` (`above` with its interval;
     `reason` empty where kept). `value` is `score`, `score_f1` or `score_accuracy`.
     """
     choose(value, CHANCE, "score that has a chance level")
     table = _clean(task_results, value)
-    intact = table[table.state == "intact"]
+    intact = table[table.state == "intact"].copy()
+    if {"score_accuracy", "chance_accuracy"} <= set(intact):
+        classes = ~intact.metric.isin(CORRELATIONS) & intact.score_accuracy.notna()
+        intact.loc[classes, "value"] = intact.score_accuracy[classes]
+        intact.loc[classes, "chance_value"] = intact.chance_accuracy[classes]
+        intact.loc[classes, "metric"] = "accuracy"
     _no_duplicates(intact, ["model", "task", "seed"], "intact")
     rows = []
     for (model, task), part in intact.groupby(["model", "task"], sort=False):

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     import torch
 
 # Raised whenever a change makes the same parameters give other numbers here.
-NUMERICS = 1
+NUMERICS = 2
 SIMILARITY_EXAMPLES = 200  # test sentences of the task over which representations are compared
+ABLATION_EXAMPLES = 200  # training sentences over which a neuron's mean is taken
 ABLATED = (0.01, 0.05, 0.2)  # shares of all neurons
 OVERLAP = 50  # strongest neurons whose overlap between rankings is given
 SHOWN = 20  # strongest neurons that a record names
@@ -97,7 +98,7 @@ def corpus(study: Study, name: str, column: str | None, seed: int) -> Corpus:
     p = study.parameters
     key = (name, column)
     if key not in study.corpora:
-        study.corpora[key] = load_corpus(name, column, p["corpus_test"])
+        study.corpora[key] = load_corpus(name, column, p["corpus_test"], words=p["word_column"])
     whole = study.corpora[key]
     return whole.draw(
         seed,
@@ -114,7 +115,7 @@ def networks(study: Study, stage: str) -> list[tuple[str, str, int, Cell | None]
     """(model, state, seed, task cell or None) of every model that a stage looks into."""
     p = study.parameters
     tasks = p["probe_tasks"] or p["task"]
-    levels = {parse_level(level) for level in p["probe_levels"]}
+    levels = _probed_levels(p)
     found: list[tuple[str, str, int, Cell | None]] = []
     for model in p["probe_models"] or p["model"]:
         for seed in p["seeds"]:
@@ -137,8 +138,22 @@ def networks(study: Study, stage: str) -> list[tuple[str, str, int, Cell | None]
     return found
 
 
-def plan(study: Study, stage: str) -> list[ProbeCell]:
-    """The cells of `probing` or `neurons`, in the order in which they are computed."""
+def _probed_levels(p: dict[str, Any]) -> set[float]:
+    """The levels whose broken and healed models are probed; those of the recovery stage alone."""
+    there = {parse_level(level) for level in p["levels"]}
+    for level in p["probe_levels"]:
+        if p["layers"] is None and parse_level(level) not in there:
+            known = ", ".join(p["levels"])
+            raise HealingError(f"probe_levels has {level!r}, which is not in levels: {known}")
+    return {parse_level(level) for level in p["probe_levels"]}
+
+
+def plan(study: Study, stage: str) -> list[Cell]:
+    """The cells of `probing` or `neurons`, in the order in which they are computed; of `networks`
+    those of the fine-tuned, broken and healed models that are looked into."""
+    if stage == "networks":
+        found = {cell.key: cell for *_, cell in networks(study, "probing") if cell is not None}
+        return list(found.values())
     p, cells = study.parameters, []
     for model, state, seed, network in networks(study, stage):
         config = models.load_config(model, p["model_revision"])
@@ -198,12 +213,18 @@ def _model(study: Study, cell: ProbeCell) -> torch.nn.Module:
     return models.load_classifier(cell.model, 2, cell.seed, revision, untrained).to(study.device)
 
 
-def _words(study: Study, cell: ProbeCell, model: torch.nn.Module) -> tuple[Words, Words]:
-    """Training and test words. The file of activations lives as long as the cell is computed, and
-    longer only where the run is stopped: it is found again then."""
+def _words(
+    study: Study, cell: ProbeCell, model: torch.nn.Module
+) -> tuple[Words, Words, dict[str, Any]]:
+    """Training and test words, and what reading them met that a reader should know.
+
+    The file of activations lives as long as the cell is computed, and longer only where the run is
+    stopped: it is found again then.
+    """
     p = study.parameters
     drawn = corpus(study, *cell.source[:2], cell.seed)
     path = study.run_folder / "activations" / f"{cell.key}.npy"
+    counts: dict[str, int] = {}
     both = stored_activations(
         path,
         model,
@@ -212,6 +233,7 @@ def _words(study: Study, cell: ProbeCell, model: torch.nn.Module) -> tuple[Words
         p["aggregation"],
         identity=canonical(json.loads(cell.determinants)["network"]),
         device=study.device,
+        counts=counts,
     )
     parts = []
     for part, rows in (
@@ -226,7 +248,11 @@ def _words(study: Study, cell: ProbeCell, model: torch.nn.Module) -> tuple[Words
                 np.repeat(np.arange(len(part)), [len(sentence) for sentence in part.words]),
             )
         )
-    return parts[0], parts[1]
+    read = {
+        "train_words": len(parts[0].labels), "test_words": len(parts[1].labels), **counts,
+        "unseen": drawn.unseen, "dropped": drawn.dropped,
+    }  # fmt: skip
+    return parts[0], parts[1], read
 
 
 def _forget(study: Study, cell: ProbeCell) -> None:
@@ -236,12 +262,13 @@ def _forget(study: Study, cell: ProbeCell) -> None:
 
 def _probe(study: Study, cell: ProbeCell, on_step: Callable[..., None]) -> dict[str, Any]:
     model = _model(study, cell)
-    train, test = _words(study, cell, model)
+    train, test, read = _words(study, cell, model)
     table = probe_layers(
         train.activations, train.labels, test.activations, test.labels, train.words, test.words,
         train.sentences, seed=cell.seed, device=study.device,
     )  # fmt: skip
-    result = {"layers": json.loads(table.to_json(orient="records", double_precision=15))}
+    layers = json.loads(table.to_json(orient="records", double_precision=15))
+    result: dict[str, Any] = {"layers": layers, "read": read}
     if cell.state in ("broken", "healed"):
         intact = study.cell("intact", cell.model, cell.task, cell.seed)
         data = study.examples(cell.model, cell.task, cell.seed).test
@@ -257,7 +284,7 @@ def _probe(study: Study, cell: ProbeCell, on_step: Callable[..., None]) -> dict[
 def _neurons(study: Study, cell: ProbeCell, on_step: Callable[..., None]) -> dict[str, Any]:
     p = study.parameters
     model = _model(study, cell)
-    train, test = _words(study, cell, model)
+    train, test, read = _words(study, cell, model)
     fitted = (train.activations, train.labels)
     scored = (test.activations, test.labels)
     settings = {"seed": cell.seed, "device": study.device}
@@ -267,11 +294,14 @@ def _neurons(study: Study, cell: ProbeCell, on_step: Callable[..., None]) -> dic
     neurons = len(minimal.ranking)
     sizes = [4**i for i in range(neurons.bit_length()) if 4**i < neurons]
     curve = accuracy_curve(*fitted, *scored, minimal.ranking, [*sizes, neurons], **settings)
+    seen = minimal.ranked_on  # the words that its ranking saw: the others are to see the same
+    same = (train.activations[:, seen], [train.labels[i] for i in seen])
     rankings = {
         "lca": minimal.ranking,
-        **{m: rank_neurons(*fitted, method=m, **settings) for m in ("probeless", "gaussian")},
+        **{m: rank_neurons(*same, method=m, **settings) for m in ("probeless", "gaussian")},
     }
     result = {
+        "read": read,
         "neurons": neurons,
         "k": minimal.k,
         "delta": minimal.delta,
@@ -287,27 +317,34 @@ def _neurons(study: Study, cell: ProbeCell, on_step: Callable[..., None]) -> dic
         "ablation": [],
     }
     if json.loads(cell.determinants)["ablated"]:
-        result["ablation"] = _ablation(study, cell, model, train, minimal.ranking)
+        result["ablation"] = _ablation(study, cell, model, minimal.ranking)
     _forget(study, cell)
     return result
 
 
 def _ablation(
-    study: Study, cell: ProbeCell, model: torch.nn.Module, train: Words, ranking: list
+    study: Study, cell: ProbeCell, model: torch.nn.Module, ranking: list
 ) -> list[dict[str, Any]]:
-    """The task's score with neurons held at their mean over the corpus's training words: at zero,
-    the model would see states that it never sees."""
-    data = study.examples(cell.model, cell.task, cell.seed).test
-    means = np.stack([np.asarray(layer, np.float32).mean(axis=0) for layer in train.activations])
+    """The task's score with neurons held, at every position, at their mean over the tokens of the
+    task's own training sentences: at zero, or at the mean of another corpus, the model would see
+    states that it never sees."""
+    p, task = study.parameters, study.task(cell.task)
+    test = study.examples(cell.model, cell.task, cell.seed).test
+    texts = task.draw(cell.seed, p["train_size"], p["validation_size"])[0].texts
+    means = sentence_activations(
+        model, models.load_tokenizer(cell.model, p["model_revision"]),
+        texts[:ABLATION_EXAMPLES], "mean", max_length=p["max_length"], device=study.device,
+    ).mean(axis=1)  # (layers + 1, hidden)  # fmt: skip
     sizes = sorted({max(1, round(share * len(ranking))) for share in ABLATED})
     scores = ablation_scores(
-        model, data, ranking, sizes, values=means, seed=cell.seed, device=study.device
+        model, test, ranking, sizes, values=means, seed=cell.seed, device=study.device
     )
-    metric = study.task(cell.task).metric
-    whole = evaluate(model, data, device=study.device)[metric]
-    rows = [{"k": 0, "which": "none", "score": whole, "metric": metric}]
+    whole = evaluate(model, test, device=study.device)[task.metric]
+    rows = [{"k": 0, "which": "none", "score": whole, "metric": task.metric}]
     for row in scores.to_dict("records"):
-        rows.append({"k": row["k"], "which": row["which"], "score": row[metric], "metric": metric})
+        rows.append(
+            {"k": row["k"], "which": row["which"], "score": row[task.metric], "metric": task.metric}
+        )
     return rows
 
 
@@ -349,14 +386,39 @@ def probe_task(
 def score_networks(study: Study) -> None:
     """See that every fine-tuned, broken and healed model that is probed is scored on its task too,
     whatever the task stages planned."""
-    cells = {cell.key: cell for *_, cell in networks(study, "probing") if cell is not None}
-    for cell in cells.values():
-        study.finish(cell)
+    study.run("networks", plan=False)
+
+
+def reading_notes(study: Study) -> list[str]:
+    """What a reader of the probing table should know of how the words were read, a line a corpus
+    column: words, what was left out, labels that no probe can know, windows."""
+    notes = {}
+    for cell in study.plan("probing"):
+        record = study.store.read(cell.stage, cell.key)
+        read = record["result"].get("read") if record else None
+        if not read or (cell.model, cell.corpus, cell.column) in notes:
+            continue
+        words = f"{read['train_words']:,} training and {read['test_words']:,} test words"
+        said = [f"{cell.corpus} {cell.column}, {cell.model}, seed {cell.seed}: {words}"]
+        said += [f"{count:,} {what} left out" for what, count in read["dropped"].items()]
+        if read["unseen"]:
+            unseen = sum(read["unseen"].values())
+            said.append(f"{unseen:,} test words with labels unseen in training count as errors")
+        if read["windowed"]:
+            said.append(f"{read['windowed']:,} sentences were read in several windows")
+        if read["unknown"]:
+            said.append(f"{read['unknown']:,} words are unknown to the tokenizer")
+        notes[cell.model, cell.corpus, cell.column] = "; ".join(said)
+    return list(notes.values())
 
 
 def strongest_neurons(neurons: pandas.DataFrame, count: int = 3) -> list[tuple[int, int]]:
     """The first `count` neurons of a table of `load_neurons(..., "strongest")`, by their best rank
-    and then by how often they reach it."""
+    and then by how often they reach it. Of one model and column: neurons of several have nothing to
+    do with each other."""
+    for name in ("model", "column"):
+        if neurons[name].nunique() > 1:
+            raise HealingError(f"the strongest neurons of one {name} at a time, please")
     best = neurons.groupby(["layer", "neuron"])["rank"].agg(["min", "count"]).reset_index()
     best = best.sort_values(
         ["min", "count", "layer", "neuron"], ascending=[True, False, True, True]
@@ -364,15 +426,16 @@ def strongest_neurons(neurons: pandas.DataFrame, count: int = 3) -> list[tuple[i
     return [(int(row.layer), int(row.neuron)) for row in best.head(count).itertuples()]
 
 
-def own_sentences(study: Study, count: int = 4) -> tuple[list[list[str]], np.ndarray, np.ndarray]:
-    """A few of the project's own sentences, with the pre-trained model's activations of them and
+def own_sentences(
+    study: Study, model: str, count: int = 4
+) -> tuple[list[list[str]], np.ndarray, np.ndarray]:
+    """A few of the project's own sentences, with the pre-trained `model`'s activations of them and
     of a hundred more to compare with: (layers, words, hidden) each."""
     p = study.parameters
-    name = (p["probe_models"] or p["model"])[0]
-    model = models.load_classifier(name, 2, 0, p["model_revision"]).to(study.device)
-    tokenizer = models.load_tokenizer(name, p["model_revision"])
+    network = models.load_classifier(model, 2, 0, p["model_revision"]).to(study.device)
+    tokenizer = models.load_tokenizer(model, p["model_revision"])
     sentences = [words for words, _ in organism.tagged_sentences("validation")[: count + 100]]
-    both = extract_activations(model, tokenizer, sentences, p["aggregation"], device=study.device)
+    both = extract_activations(network, tokenizer, sentences, p["aggregation"], device=study.device)
     words = sum(map(len, sentences[:count]))
     return sentences[:count], both[:, :words], both[:, words:]
 

@@ -237,7 +237,8 @@ class MinimalSet:
     `neurons`: the `k` strongest; `delta`: accuracy that may be lost on the dev split; `dev_full`,
     `dev_minimal`, `test_full`, `test_minimal`: accuracy of the probe on all neurons and of the one
     retrained on the `k`; `by_layer`: how many of the `k` each layer holds, embeddings first;
-    `ranking`: all neurons; `searched`: (k, dev accuracy) in the order in which they were tried.
+    `ranking`: all neurons; `ranked_on`: indices of the words that it was made from, (words,);
+    `searched`: (k, dev accuracy) in the order in which they were tried.
     """
 
     neurons: list[Neuron] = field(repr=False)
@@ -249,6 +250,7 @@ class MinimalSet:
     test_minimal: float
     by_layer: list[int]
     ranking: list[Neuron] = field(repr=False)
+    ranked_on: np.ndarray = field(repr=False, compare=False)
     searched: list[tuple[int, float]] = field(repr=False)
 
 
@@ -333,6 +335,7 @@ def minimal_neurons(
         test_minimal=on_test(neurons),
         by_layer=np.bincount([n[0] for n in neurons], minlength=len(activations)).tolist(),
         ranking=ranking,
+        ranked_on=inner,
         searched=searched,
     )
 

@@ -497,19 +497,23 @@ cells (<a href="#made">which</a>).</p>{% endif %}
 
 <section id="verdicts"><h2>Verdicts</h2>
 {% if claims.rows %}
-<p>The claims are those of Han, Zhang and Simion (2024),
-<a href="https://arxiv.org/abs/2406.14459">Healing Powers of BERT</a>. Effects are in points of
-score with 95&nbsp;% t-intervals over units, a unit being a task and seed; p is the exact one-sided
-sign-flip test. A claim <em>holds</em> if the corrected p is below 0.05 and the interval beyond one
-point, <em>fails</em> if the interval is within one point of zero or on the other side, and is
-otherwise <em>undecided</em>.</p>
+<p>Claims A1 to A3 are those of Han, Zhang and Simion (2024),
+<a href="https://arxiv.org/abs/2406.14459">Healing Powers of BERT</a>, B1 to B3 those of Durrani,
+Sajjad and Dalvi (2021), <a href="https://arxiv.org/abs/2105.15179">How transfer learning impacts
+linguistic knowledge</a>; H is this study's own. A point is a hundredth: of the score (A), of
+selectivity (B1), of the depth (B2), of the share healed (H). Intervals are 95&nbsp;% t-intervals
+over units, a unit being a task and seed; p is exact and one-sided. A claim <em>holds</em> if the
+corrected p is below 0.05 and the interval beyond the claim's margin (one point for A),
+<em>fails</em> if the interval is within the margin of zero or on the other side, and is otherwise
+<em>undecided</em>.</p>
 <div class="wide" tabindex="0"><table>
 <thead><tr><th scope="col">Claim</th><th scope="col">Verdict</th>
 <th scope="col" class="num">Effect, points</th><th scope="col" class="num">Units</th>
 <th scope="col" class="num">p</th><th scope="col" class="num">Corrected p</th>
 <th scope="col">Why</th></tr></thead>
 {% for (model, kind), rows in claims.rows | groupby_keys("model", "kind") %}<tbody>
-<tr><th scope="rowgroup" colspan="7">{{ model }}, {{ kind }}</th></tr>
+<tr><th scope="rowgroup" colspan="7">{{ model }}
+{%- if kind != "none" %}, {{ kind }}{% endif %}</th></tr>
 {% for row in rows %}<tr>
 <td class="say"><strong>{{ row.claim }}</strong> {{ row.statement }}.
 <small>{{ row.definition }}</small></td>

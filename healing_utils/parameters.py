@@ -125,6 +125,13 @@ def _columns(value: Any) -> list[str] | None:
     return None if _plain(value) is None else _names(value)
 
 
+def _labels(value: Any) -> list[str] | None:
+    """Columns by name or, in a file of columns, by number: ``upos``, ``1``, ``[1, -1]``."""
+    if _plain(value) is None:
+        return None
+    return _names([str(c) if type(c) is int else c for c in _listed(value)])
+
+
 def _levels(value: Any) -> list[str]:
     from healing_utils.encoders import parse_level
 
@@ -207,7 +214,8 @@ PARAMETERS: dict[str, Parameter] = {
     "corpus": Parameter(
         ["organism"], _names, "corpus whose words are labelled: a name or a file, or several"
     ),
-    "column": Parameter(["pos"], _columns, "its labels; of several corpora one each"),
+    "column": Parameter(["pos"], _labels, "its labels; of several corpora one each"),
+    "word_column": Parameter(0, _integer(0), "column of the words in a file of columns, from 0"),
     "corpus_test": Parameter(None, _text(True), "file of the test part, where it is another one"),
     "aggregation": Parameter(
         "last", _aggregation, "which of a word's subwords speaks for it: first, last or mean"

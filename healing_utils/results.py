@@ -124,6 +124,40 @@ def planned_records(folder: Path, stage: str) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def planned_grid(run: str | Path, stage: str, kind: str = "reinit") -> dict[str, list] | None:
+    """What the run's last plan of ``recovery`` or ``probing`` expects: the `grid` of the claims.
+
+    A verdict on what happens to be there would pass over what is missing. None without a plan.
+    """
+    choose(stage, ("recovery", "probing"), "stage with claims")
+    try:
+        path = run_folder(run) / "plans" / f"{stage}.json"
+        cells = [c["cell"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+    def found(name: str, rows: Iterable[dict[str, Any]]) -> list:
+        return sorted({row[name] for row in rows})
+
+    healed = [
+        c for c in cells
+        if c["state"] == "healed" and c["kind"] == kind and c["side"] in ("bottom", "top", "all")
+        and c["part"] == "all"
+    ]  # fmt: skip
+    grid = {
+        "seeds": found("seed", healed or cells), "levels": found("level", healed),
+        "sides": [side for side in found("side", healed) if side != "all"],
+    }  # fmt: skip
+    if stage == "recovery":
+        return {**grid, "tasks": found("task", healed)}
+    return {
+        **grid,
+        "tasks": found("task", [c for c in cells if c["state"] == "intact"]),
+        "healed_tasks": found("task", healed),
+        "corpora": sorted({(c["corpus"], c["column"]) for c in cells}),
+    }
+
+
 def load_results(run: str | Path, stage: str) -> pandas.DataFrame:
     """The finished cells of a stage of a run: one row a cell, with at least ``model task side level
     kind seed metric score score_f1 score_accuracy``.

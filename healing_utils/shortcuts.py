@@ -31,20 +31,39 @@ STEPS_OF_16_BITS = 1 << 16
 # --- Dropout --------------------------------------------------------------------------------------
 
 
-def dropout(x: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
-    """Inverted dropout (Srivastava et al. 2014), drawn 16 bits a value from torch's generator.
+def _keep(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
+    """A mask like `x` (1 is kept, 0 dropped) and the scale of what is kept, on a CPU.
 
-    `p` is rounded to a multiple of 2^-16, and what is kept is scaled by exactly 1 / (1 - that). On
-    a GPU torch's own: its kernel draws in place.
+    `p` is rounded to a multiple of 2^-16, and the scale is exactly 1 / (1 - that).
     """
-    if not training or p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p, training)
     dropped = min(round(p * STEPS_OF_16_BITS), STEPS_OF_16_BITS - 1)
     count = x.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     uniform = words.view(torch.int16)[:count].view(x.shape)  # from -2^15 to 2^15 - 1
-    keep = (uniform >= dropped - STEPS_OF_16_BITS // 2).to(x.dtype)
-    return x * keep.mul_(STEPS_OF_16_BITS / (STEPS_OF_16_BITS - dropped))
+    keep = torch.empty_like(x, requires_grad=False)
+    torch.ge(uniform, dropped - STEPS_OF_16_BITS // 2, out=keep)  # a tenth of ge, then a cast
+    return keep, STEPS_OF_16_BITS / (STEPS_OF_16_BITS - dropped)
+
+
+def dropout(x: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
+    """Inverted dropout (Srivastava et al. 2014), drawn 16 bits a value from torch's generator.
+
+    On a GPU torch's own: its kernel draws in place.
+    """
+    if not training or p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    keep, scale = _keep(x.detach(), p)
+    return x * keep.mul_(scale)
+
+
+def _add_dropped(
+    residual: torch.Tensor, x: torch.Tensor, p: float, training: bool
+) -> torch.Tensor:
+    """``residual + dropout(x)``, in one pass over both on a CPU."""
+    if not training or p == 0 or x.device.type != "cpu":
+        return residual + dropout(x, p, training)
+    keep, scale = _keep(x.detach(), p)
+    return torch.addcmul(residual, x, keep, value=scale)
 
 
 @contextlib.contextmanager
@@ -104,9 +123,15 @@ def _distilbert(layer: Any) -> _Layer:
 
 
 def _read(layer: nn.Module) -> _Layer | None:
+    """The layer's modules; None where they are not understood, or a product is not a plain one:
+    an adapter around it starts at zero and would pass every comparison below."""
     for reader in (_bert, _distilbert):
         with contextlib.suppress(AttributeError):
-            return reader(layer)
+            read = reader(layer)
+            products = (
+                read.query, read.key, read.value, read.attention_output, read.inner, read.output,
+            )  # fmt: skip
+            return read if all(type(m) is nn.Linear for m in products) else None
     return None
 
 
@@ -138,13 +163,7 @@ def _first_token(
     context = (states @ value.mT).transpose(0, 1)  # (batch, heads, size)
     # Under dropout the weights do not sum to one: the value's bias counts as often as they do.
     context = context + weights.sum(-1, keepdim=True) * layer.value.bias.view(heads, size)
-    hidden = layer.attention_output(context.reshape(batch, 1, -1))
-    if layer.attention_output_dropout is not None:
-        hidden = dropout(hidden, layer.attention_output_dropout.p, training)
-    hidden = layer.attention_norm(hidden + first)
-    inner = layer.activation(layer.inner(hidden))
-    outer = dropout(layer.output(inner), layer.output_dropout.p, training)
-    return layer.output_norm(outer + hidden)
+    return _after_attention(layer, first, context.reshape(batch, 1, -1), training)
 
 
 def _attention(
@@ -166,21 +185,29 @@ def _all_tokens(
 ) -> torch.Tensor:
     """The layer's output, (batch, length, hidden)."""
     batch, length, _ = x.shape
+    projections = (layer.query, layer.key, layer.value)
+    joined = F.linear(  # one product instead of three
+        x, torch.cat([m.weight for m in projections]), torch.cat([m.bias for m in projections])
+    )
+    by_head = joined.view(batch, length, 3, layer.heads, -1).permute(2, 0, 3, 1, 4).contiguous()
+    query, key, value = by_head.unbind()  # each (batch, heads, length, size)
+    context = _attention(query, key, value, mask, layer.attention_dropout.p, training)
+    context = context.transpose(1, 2).reshape(batch, length, -1)
+    return _after_attention(layer, x, context, training)
 
-    def by_head(projection: nn.Linear) -> torch.Tensor:
-        return projection(x).view(batch, length, layer.heads, -1).transpose(1, 2)
 
-    context = _attention(
-        by_head(layer.query), by_head(layer.key), by_head(layer.value), mask,
-        layer.attention_dropout.p, training,
-    )  # fmt: skip
-    hidden = layer.attention_output(context.transpose(1, 2).reshape(batch, length, -1))
-    if layer.attention_output_dropout is not None:
-        hidden = dropout(hidden, layer.attention_output_dropout.p, training)
-    hidden = layer.attention_norm(hidden + x)
+def _after_attention(
+    layer: _Layer, x: torch.Tensor, context: torch.Tensor, training: bool
+) -> torch.Tensor:
+    """The layer's output from its input `x` and what attention gathered for the same tokens."""
+    after = layer.attention_output_dropout
+    hidden = _add_dropped(
+        x, layer.attention_output(context), 0.0 if after is None else after.p, training
+    )
+    hidden = layer.attention_norm(hidden)
     inner = layer.activation(layer.inner(hidden))
-    outer = dropout(layer.output(inner), layer.output_dropout.p, training)
-    return layer.output_norm(outer + hidden)
+    outer = _add_dropped(hidden, layer.output(inner), layer.output_dropout.p, training)
+    return layer.output_norm(outer)
 
 
 @contextlib.contextmanager
@@ -303,6 +330,6 @@ def cut_embeddings(model: nn.Module, *data: Encoded) -> Iterator[dict[str, float
         yield state
     finally:
         with torch.no_grad():
-            full.weight.mul_(state["decay"])
-            full.weight[ids] = cut.weight
+            # Not in place: a table that is mapped from its file would be copied page by page.
+            full.weight.data = full.weight.mul(state["decay"]).index_copy_(0, ids, cut.weight)
         model.set_input_embeddings(full)

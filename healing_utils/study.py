@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 # Raised whenever a change makes the same parameters give other numbers: old records stay readable
 # and are no longer taken for finished cells.
-NUMERICS = 2
+NUMERICS = 3
 STAGES = ("baseline", "corruption", "recovery")
 PROBING_STAGES = ("probing", "neurons")
 RECIPE = (
@@ -243,9 +243,12 @@ class Study:
         return list(grid.values())
 
     def plan(self, stage: str) -> list[Cell]:
-        """The cells of a stage, in the order in which they are computed."""
-        choose(stage, (*STAGES, *PROBING_STAGES), "stage")
-        if stage in PROBING_STAGES:
+        """The cells of a stage, in the order in which they are computed.
+
+        `networks` are those of the task stages that the probing stages look into.
+        """
+        choose(stage, (*STAGES, *PROBING_STAGES, "networks"), "stage")
+        if stage not in STAGES:
             from healing_utils import linguistics
 
             return list(linguistics.plan(self, stage))
@@ -283,7 +286,7 @@ class Study:
             )
         self.store.sweep()
         failures: list[tuple[Cell, BaseException]] = []
-        todo = [cell for cell in cells if self.store.read(stage, cell.key) is None]
+        todo = [cell for cell in cells if self.store.read(cell.stage, cell.key) is None]
         # A worker takes seconds to start: it pays from a few cells on.
         workers = min(self.parameters["workers"] - 1, len(todo) // 3)
         with (
@@ -336,7 +339,7 @@ class Study:
         for cell in reversed(self.plan(stage)):
             on_step()
             with contextlib.suppress(Exception):
-                if self.store.read(stage, cell.key) is None:
+                if self.store.read(cell.stage, cell.key) is None:
                     self._compute(cell, on_step)
 
     def table(self, stage: str, cells: list[Cell] | None = None) -> pandas.DataFrame:
@@ -355,11 +358,6 @@ class Study:
             # model's folder): the table says what was asked for here.
             found.append({**record, "cell": cell.columns()})
         return table(found, stage)
-
-    def finish(self, cell: Cell) -> None:
-        """Compute one cell unless it is there; wait where another run is at it."""
-        while not self._compute(cell, lambda *_: None):
-            time.sleep(1)
 
     def _compute(self, cell: Cell, on_step: Callable[..., None]) -> bool:
         """Compute and record a cell; False where another run is at it."""

@@ -218,6 +218,12 @@ def _restore_random_state(states: list[torch.Tensor], device: torch.device) -> N
         torch.cuda.set_rng_state(state, device)
 
 
+def _clip_divisor(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """What to divide the gradients by so that their norm is at most `max_norm`; at least 1."""
+    norms = [p.grad for p in parameters if p.grad is not None]
+    return (nn.utils.get_total_norm(norms, foreach=True) / max_norm).clamp_(min=1.0)
+
+
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Biases and normalisation weights do not decay (Devlin et al. 2019, appendix A.2)."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -372,9 +378,12 @@ def fine_tune(
                 _restore_random_state(random_state, device)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
             before = scaler.get_scale()
+            if scaler.is_enabled():
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
+            else:  # the fused optimizer divides as it goes: one pass over the gradients less
+                optimizer.grad_scale = _clip_divisor(parameters, max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             if scaler.get_scale() < before:  # float16 overflowed: the optimizer did not step

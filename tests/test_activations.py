@@ -433,6 +433,32 @@ def test_a_store_killed_again_and_again_equals_an_unbroken_one(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_two_processes_on_one_file_do_each_other_no_harm(tmp_path, monkeypatch):
+    """Where claims fail: a second one begins, finishes and removes the file in the middle of the
+    first one's writing."""
+    whole = np.array(store(tmp_path / "whole.npy"))
+    path, begun = tmp_path / "shared.npy", []
+    states = activations._states
+
+    def interrupted(*arguments):
+        for batch in states(*arguments):
+            yield batch
+            if not begun:
+                begun.append(True)
+                assert np.array_equal(store(path), whole)
+                for left in tmp_path.glob("shared.npy*"):
+                    left.unlink()
+
+    monkeypatch.setattr(activations, "_states", interrupted)
+    assert np.array_equal(store(path), whole)
+    # Begun anew where it finds the file gone before it has written anything itself.
+    store(path)
+    monkeypatch.setattr(activations._File, "finish", lambda self, finish=activations._File.finish: (
+        path.unlink(missing_ok=True) if len(begun) == 1 else None, begun.append(True), finish(self)
+    )[-1])  # fmt: skip
+    assert np.array_equal(store(path), whole)
+
+
 def test_a_stored_file_holds_what_extraction_gives_read_only(tmp_path, capsys):
     path = tmp_path / "deep" / "down" / "cats.npy"
     got = store(path)
@@ -501,9 +527,11 @@ def test_values_beyond_float16_make_a_float32_file(tmp_path, capsys):
 
 
 def test_long_sentences_and_odd_words_are_counted_beside_the_file(tmp_path):
+    counts: dict[str, int] = {}
     odd = [*CORPUS, ["cat"] * 50, [], ["\u200d"], ["on"] * 99]
     with pytest.warns(UserWarning, match="2 of 44 sentences"):
-        got = store(tmp_path / "odd.npy", sentences=odd)
+        got = store(tmp_path / "odd.npy", sentences=odd, counts=counts)
+    assert counts == {"windowed": 2, "unknown": 1}
     state = json.loads((tmp_path / "odd.npy.json").read_text())
     assert (state["windowed"], state["unknown"], state["finished"]) == (2, 1, 44)
     assert got.shape[1] == state["words"] == 8 * WORDS + 150

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 from scipy import stats
+from sklearn.metrics import f1_score
 
 from healing_utils import figures, tables
 from healing_utils import knowledge as kn
@@ -290,6 +291,26 @@ def test_a_task_at_chance_is_left_out_of_b_and_named():
     assert "flat" not in table.reason["H"]
     # The task that forgets least is gone, so the one that forgets less stands for it.
     assert table.effect["B1"] == pytest.approx(0.12, abs=0.01)
+
+
+def test_guesses_are_not_above_chance_although_their_f1_is():
+    """A coin's macro-F1 on two even classes is about 0.5, the majority label's 0.34."""
+    made = study(seeds=range(5))
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat([0, 1], [131, 146]))
+    scores = made.scores.assign(metric="f1", score_accuracy=0.9, chance_accuracy=0.5)
+    for row in scores.index[(scores.task == "flat") & (scores.state == "intact")]:
+        answers = rng.integers(2, size=len(labels))
+        f1 = f1_score(labels, answers, average="macro")
+        names = ["score", "chance", "score_accuracy", "chance_accuracy"]
+        scores.loc[row, names] = [f1, 0.345, (answers == labels).mean(), 146 / 277]
+    assert scores[scores.task == "flat"].score.min() > 0.4
+    kept, left_out = kn.above_chance(scores)
+    assert list(left_out.task) == ["flat"] and "flat" not in set(kept.task)
+    assert set(kept.metric) == {"accuracy"}
+    # A correlation is compared with 0, whatever the accuracy.
+    kept, _ = kn.above_chance(scores.assign(metric="matthews"))
+    assert set(kept.metric) == {"matthews"} and "flat" in set(kept.task)
 
 
 def test_a_single_seed_shows_no_task_above_chance():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers as hf
@@ -14,7 +16,7 @@ from families import tiny_config
 from helpers import CUES, FILLERS, save_tiny_bert, tiny_study, write_planted_task
 from test_activations import tokenizer_of
 
-from healing_utils import linguistics, load_results, load_task, models, results
+from healing_utils import linguistics, load_results, load_task, models, results, statistics
 from healing_utils.errors import HealingError
 from healing_utils.study import PROBING_STAGES, Study
 
@@ -66,6 +68,25 @@ def test_every_state_column_and_seed_is_probed_once(finished):
     healed = table.state.isin(["broken", "healed"])
     assert table[healed].cka.between(-0.01, 1.01).all() and table[~healed].cka.isna().all()
     assert (table[healed & (table.side == "top")].layers == (2,)).all()
+
+
+def test_models_of_tasks_that_no_task_stage_planned_are_trained_and_scored(
+    parameters, tmp_path, monkeypatch
+):
+    other = write_planted_task(tmp_path / "other", seed=3)
+    study = Study({**parameters, "run": str(tmp_path / "run"), "probe_tasks": [str(other)]})
+    asked = []
+    helping = linguistics.Study.run.__globals__["helping"]
+    monkeypatch.setitem(
+        linguistics.Study.run.__globals__, "helping",
+        lambda given, stage, count: asked.append((stage, count)) or helping(given, stage, 0),
+    )  # fmt: skip
+    linguistics.score_networks(Study({**study.parameters, "workers": 2}))
+    cells = study.plan("networks")
+    # Two seeds: intact of both tasks, and broken and healed by side of the study's own.
+    assert len(cells) == 2 * (2 + 4) and asked == [("networks", 1)]
+    assert all(study.store.read(cell.stage, cell.key) for cell in cells)
+    assert not (study.run_folder / "plans").exists()  # they are no stage's plan
 
 
 def test_probes_find_the_planted_tag_and_only_it(finished):
@@ -219,6 +240,8 @@ def test_every_architecture_of_paper_b_runs_end_to_end(family, tmp_path):
         ({"column": ["1", "2", "last"], "corpus": ["a", "b"]}, "need one column for each"),
         ({"column": "9"}, "column"),
         ({"corpus": "nowhere.conllu"}, "no such file"),
+        ({"probe_levels": ["1/2"]}, "probe_levels has '1/2', which is not in levels: 1/3, 1"),
+        ({"word_column": 1, "column": 1}, "holds the words"),
     ],
 )
 def test_what_cannot_be_probed_is_refused_before_anything_is_computed(
@@ -226,6 +249,55 @@ def test_what_cannot_be_probed_is_refused_before_anything_is_computed(
 ):
     with pytest.raises(HealingError, match=message):
         Study({**parameters, "run": str(tmp_path), **changes}).plan("probing")
+
+
+def test_what_reading_met_is_recorded_and_said(parameters, tmp_path):
+    """A label that training lacks, an empty sentence, line endings of two kinds, and a sentence
+    longer than the model's positions."""
+    corpus = tmp_path / "odd-train.tsv"
+    write_corpus(corpus, 30)
+    corpus.write_bytes(corpus.read_bytes().replace(b"\n", b"\r\n", 40) + b"\n\n\n\nx\tFILLER\ta\n")
+    long = "\n".join(f"{FILLERS[0]}\tNEW\ta" for _ in range(2000))
+    (tmp_path / "odd-test.tsv").write_text(f"{long}\n\n{FILLERS[1]}\tFILLER\ta\n")
+    changes = dict(corpus=str(corpus), column=1, seeds=[0], probe_train=None, probe_levels=[])
+    study = Study({**parameters, "run": str(tmp_path / "run"), **changes})
+    table = study.run("probing")
+    assert (table.accuracy <= 1 / 2001 + 1e-9).all()  # what training lacks counts as errors
+    (line,) = linguistics.reading_notes(study)
+    assert "2,001 test words" in line and "empty sentences left out" in line
+    assert "2,000 test words with labels unseen in training count as errors" in line
+    assert "1 sentences were read in several windows" in line
+
+
+def test_what_is_planned_is_expected(finished, tmp_path):
+    """Without the plan, a level that is missing altogether would not be missed."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.run_folder, run, ignore=shutil.ignore_patterns("weights"))
+    grid = results.planned_grid(run, "recovery")
+    assert grid == {
+        "levels": [1 / 3, 1.0], "seeds": [0, 1], "sides": ["bottom", "top"],
+        "tasks": [finished.parameters["task"][0]],
+    }  # fmt: skip
+    for cell in finished.plan("recovery"):
+        if cell.level == 1 / 3 and cell.kind == "reinit":
+            (run / "records" / "recovery" / f"{cell.key}.json").unlink()
+    cells = pd.concat([load_results(run, stage) for stage in ("baseline", "recovery")])
+    table = statistics.claims(cells, grid=grid).set_index("claim")
+    assert (table.verdict == "undecided").all() and "missing" in table.reason["A1"]
+    assert "missing" not in statistics.claims(cells).set_index("claim").reason["A1"]
+    probed = results.planned_grid(run, "probing")
+    assert probed["corpora"] == [("cues", "1"), ("cues", "2")] and probed["levels"] == [1 / 3]
+    assert probed["healed_tasks"] == probed["tasks"] == grid["tasks"]
+    shutil.rmtree(run / "plans")
+    assert results.planned_grid(run, "recovery") is None
+
+
+def test_the_strongest_neurons_are_those_of_one_model_and_column(finished):
+    table = results.load_neurons(finished.run_folder, "strongest")
+    with pytest.raises(HealingError, match="one column at a time"):
+        linguistics.strongest_neurons(table)
+    found = linguistics.strongest_neurons(table[table.column == "1"], 2)
+    assert len(set(found)) == 2 and set(found) <= set(zip(table.layer, table.neuron, strict=True))
 
 
 def test_corpora_and_columns_pair_up():

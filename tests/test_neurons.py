@@ -548,7 +548,8 @@ def test_any_scoring_can_be_asked_for():
     table = ablation_scores(model, data, ranking, [1], evaluate=evaluate, note="here")
     assert seen == ["here"] * 3
     at = table.set_index("which")["mine"]
-    assert at["top"] == 0 < at["bottom"]
+    # Equal logits, up to the rounding of batches of different sizes.
+    assert at["top"] < 1e-6 < at["bottom"]
 
 
 # --- Bad input ------------------------------------------------------------------------------------

@@ -15,7 +15,10 @@ from healing_utils.parameters import PARAMETERS, read_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CORE = ["00_model_organism", "01_baseline", "02_corruption", "03_recovery", "05_analysis"]
+CORE = [
+    "00_model_organism", "01_baseline", "02_corruption", "03_recovery", "04_linguistics",
+    "05_analysis",
+]  # fmt: skip
 
 
 def test_the_core_notebooks_are_there():

@@ -63,6 +63,24 @@ def test_dropout_sends_gradients_where_values_went():
     assert torch.allclose(gradient * x, out)
 
 
+def test_dropping_and_adding_in_one_pass_is_both_in_turn():
+    x = torch.randn(50, 8, requires_grad=True)
+    residual = torch.randn(50, 8, requires_grad=True)
+    torch.manual_seed(3)
+    want = residual + dropout(x, 0.3)
+    wanted = torch.autograd.grad(want.square().sum(), (residual, x))
+    torch.manual_seed(3)
+    got = shortcuts._add_dropped(residual, x, 0.3, training=True)
+    gradients = torch.autograd.grad(got.square().sum(), (residual, x))
+    # A product more or less is rounded: float32 keeps 24 bits of values around 1.
+    assert torch.allclose(got, want, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, wanted, strict=True))
+    assert torch.equal(shortcuts._add_dropped(residual, x, 0.3, training=False), residual + x)
+    # Under autocast the products are bfloat16 and the residual is not.
+    mixed = shortcuts._add_dropped(residual, x.bfloat16(), 0.3, training=True)
+    assert mixed.dtype == torch.float32
+
+
 def test_every_dropout_of_a_model_is_quick_inside_the_block_and_torchs_outside():
     model = classifier(dropout=0.5)
     modules = [m for m in model.modules() if type(m) is torch.nn.Dropout]
@@ -136,6 +154,8 @@ def test_attention_weights_that_do_not_sum_to_one_count_the_values_bias(monkeypa
         return x * (2.0 * (columns % 2 == 0)) if training else x
 
     monkeypatch.setattr(shortcuts, "dropout", every_second)
+    # The other dropouts draw for more tokens in the one than in the other.
+    monkeypatch.setattr(shortcuts, "_add_dropped", lambda residual, x, *_: residual + x)
     model = classifier("bert", dropout=0.5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -184,6 +204,26 @@ def test_a_layer_that_only_looks_like_berts_is_left_alone():
     with first_token_layers(model, examples) as used:
         assert used == "nothing"
         assert torch.equal(model(**examples).logits, wanted)
+
+
+def test_an_adapter_around_a_product_is_not_passed_over():
+    """It adds nothing at the start (Hu et al. 2021), so that comparing states cannot find it."""
+
+    class Adapted(torch.nn.Linear):
+        def __init__(self, plain: torch.nn.Linear):
+            super().__init__(plain.in_features, plain.out_features)
+            self.load_state_dict(plain.state_dict())
+            self.added = torch.nn.Parameter(torch.zeros(plain.out_features))
+
+        def forward(self, x):
+            return super().forward(x) + self.added
+
+    model = classifier("bert")
+    attention = encoder_layers(model)[0].attention.self
+    attention.query = Adapted(attention.query)
+    with first_token_layers(model, batch()) as used:
+        model(**batch()).logits.square().sum().backward()
+    assert used == "nothing" and attention.query.added.grad.any()
 
 
 def test_frozen_encoders_and_failures_leave_the_model_as_it_was():

@@ -194,6 +194,20 @@ def test_tied_and_frozen_embeddings_are_left_alone():
     assert torch.equal(frozen.get_input_embeddings().weight, before)
 
 
+def test_dividing_in_the_optimizer_is_clipping_the_gradients():
+    parameters = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(7))]
+    for scale in (0.01, 10.0):  # below the norm that is allowed, and above it
+        for p in parameters:
+            p.grad = scale * torch.randn_like(p)
+        divisor = training._clip_divisor(parameters, 1.0)
+        divided = [p.grad / divisor for p in parameters]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        # torch adds 1e-6 to the norm that it divides by.
+        for p, want in zip(parameters, divided, strict=True):
+            assert torch.allclose(p.grad, want, rtol=1e-5)
+    assert divisor > 1
+
+
 @pytest.mark.parametrize("max_tokens", [16, 40])
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(max_tokens, monkeypatch):
     data = random_examples(count=16)
@@ -201,8 +215,9 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(max_tokens, monkeypatch
 
     def keep(parameters, *_, **__):
         seen.append([p.grad.clone() for p in parameters if p.grad is not None])
+        return torch.ones(())
 
-    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", keep)
+    monkeypatch.setattr(training, "_clip_divisor", keep)
     sizes = []
     collate = training.collate
     monkeypatch.setattr(

@@ -4,7 +4,7 @@
     NEUROX/bin/pip install --no-deps neurox==1.0.9     # its own pins are from 2021
     NEUROX/bin/pip install torch==2.13.0 transformers==5.23.0 numpy h5py scikit-learn scipy \
         seaborn svgwrite tqdm imbalanced-learn
-    python tests/benchmarks/probing.py --neurox NEUROX/bin/python
+    make bench-probing NEUROX=NEUROX/bin/python
 
 The work: chunks of the first 400 training and 100 test sentences of CoNLL-2000 (from nltk),
 MiniLM-L6, the last subword of a word, seven probes fitted and scored. Both sides run one after the
@@ -264,10 +264,12 @@ def measure(work: argparse.Namespace) -> dict[str, Any]:
         if peer["answers"].shape[1] != len(truth):
             raise SystemExit(f"NeuroX kept {peer['answers'].shape[1]} of {len(truth)} test words")
         seconds = {name: s for name, s in peer["seconds"].items() if name != "ranking"}
-        differences = {
-            part: float(np.abs(ours[part] - peer[part]).max())
-            for part in FILES if ours[part].shape == peer[part].shape
-        }  # fmt: skip
+        for part in FILES:
+            if ours[part].shape != peer[part].shape:
+                raise SystemExit(
+                    f"NeuroX's {part} activations are {peer[part].shape}, ours {ours[part].shape}"
+                )
+        differences = {part: float(np.abs(ours[part] - peer[part]).max()) for part in FILES}
         places = [np.argsort(side["ranking"], kind="stable") for side in (ours, peer)]
         top = len(places[0]) // 20
         shared = len({*ours["ranking"][:top].tolist()} & {*peer["ranking"][:top].tolist()})
@@ -295,6 +297,34 @@ def measure(work: argparse.Namespace) -> dict[str, Any]:
             "layers": run_saga(work, ours["train"], ours["y"], ours["probes"]),
         }
     return result
+
+
+def checks(result: dict[str, Any]) -> dict[str, bool]:
+    """What is to hold, by name."""
+    held, ours = {}, result["ours"]
+    if "neurox" in result:
+        peer = result["neurox"]
+        gained = np.subtract(ours["accuracy"], peer["accuracy"])
+        # float16 keeps 11 bits: half of the last one at the size of the largest activation.
+        precision = peer["activation_size"] * 2**-11
+        held |= {
+            "activations equal NeuroX's to float16 precision": (
+                max(peer["activation_difference"].values()) <= precision
+            ),
+            "no layer more than 0.5 points below NeuroX": bool(gained.min() >= -0.005),
+            "mean accuracy at least NeuroX's": bool(gained.mean() >= 0),
+            "at least 20 times as fast as NeuroX": (
+                peer["end_to_end"] / float(np.median(ours["end_to_end"])) >= 20
+            ),
+        }
+    if "saga" in result:
+        rows = result["saga"]["layers"]
+        share = len(rows) / result["shape"][0]
+        seconds = float(np.median(result["saga"]["ours_seconds"])) * share
+        held["the probes alone ahead of saga at the same objective"] = (
+            seconds < sum(row["seconds"] for row in rows)
+        )
+    return held
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -382,6 +412,11 @@ def main() -> None:
     (work.out / "probing.json").write_text(json.dumps(result, indent=1) + "\n")
     (work.out / "probing.md").write_text(markdown(result))
     print("\n" + markdown(result))
+    held = checks(result)
+    for name, holds in held.items():
+        print("holds " if holds else "FAILS ", name)
+    if not all(held.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
