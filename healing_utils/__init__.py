@@ -20,6 +20,7 @@ _WHERE = {
     "encoder_layers": "encoders",
     "fine_tune": "training",
     "evaluate": "training",
+    "heal": "recipes",
     "load_results": "results",
     "load_corpus": "corpora",
     "extract_activations": "activations",

@@ -16,7 +16,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,16 +224,20 @@ def _clip_divisor(parameters: list[nn.Parameter], max_norm: float) -> torch.Tens
     return (nn.utils.get_total_norm(norms, foreach=True) / max_norm).clamp_(min=1.0)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and normalisation weights do not decay (Devlin et al. 2019, appendix A.2)."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+def _parameter_groups(
+    model: nn.Module, weight_decay: float, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """By decay and rate. Biases and normalisation weights do not decay (Devlin et al. 2019,
+    appendix A.2)."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith("bias")
-            groups[decays].append(parameter)
+            groups.setdefault((decays, rates.get(name, 1.0)), []).append(parameter)
     return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
+        {"params": found, "weight_decay": weight_decay if decays else 0.0, "factor": factor}
+        for (decays, factor), found in groups.items()
+        if found
     ]
 
 
@@ -281,6 +285,8 @@ def fine_tune(
     seed: int = 0,
     device: str | torch.device | None = None,
     precision: str = "auto",
+    rates: Mapping[str, float] | None = None,
+    objective: Callable[[dict[str, torch.Tensor], np.ndarray], torch.Tensor] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     progress: bool = True,
 ) -> Training:
@@ -290,8 +296,10 @@ def fine_tune(
     fraction; `warmup` is the fraction of steps with a rising learning rate, which then falls
     linearly to zero. A batch of more than `max_tokens` tokens is computed in parts, with the same
     gradient; out of memory, the parts are halved and the step is done again. `validation` is scored
-    `evaluations` times, evenly spaced; nothing is chosen on it. The same seed on the same machine
-    with the same number of threads gives the same weights, bit for bit, on a CPU.
+    `evaluations` times, evenly spaced; nothing is chosen on it. `rates` are factors of the learning
+    rate by parameter name, 1 where there is none. `objective` replaces the task's loss: called with
+    a batch and its rows of `train`, it gives the sum over the examples. The same seed on the same
+    machine with the same number of threads gives the same weights, bit for bit, on a CPU.
 
     Raises HealingError on settings out of range and when the loss is no longer finite.
     """
@@ -330,10 +338,14 @@ def fine_tune(
         """Gradient of the mean loss over `rows`; returns that loss, on the device."""
         total = torch.zeros((), device=device)
         for part in _by_budget(rows, lengths, max_tokens):
-            labels = torch.from_numpy(train.labels[part]).to(device)
+            batch = collate(train, part, device)
             with autocast:
-                logits = model(**collate(train, part, device)).logits
-            loss = _loss(logits.float(), labels, regression) / len(rows)
+                if objective is None:
+                    labels = torch.from_numpy(train.labels[part]).to(device)
+                    loss = _loss(model(**batch).logits.float(), labels, regression)
+                else:
+                    loss = objective(batch, part)
+            loss = loss / len(rows)
             scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -348,11 +360,18 @@ def fine_tune(
         bar or contextlib.nullcontext(),
         seeded(seed, device),
         quick_dropout(model),
-        first_token_layers(model, collate(train, _probe_rows(lengths), device)) as layers,
-        cut_embeddings(model, train, *others) as cut,
+        # An objective of its own may read any token of any layer, and ids that are not in `train`.
+        first_token_layers(model, collate(train, _probe_rows(lengths), device))
+        if objective is None
+        else contextlib.nullcontext("nothing") as layers,
+        cut_embeddings(model, train, *others)
+        if objective is None
+        else contextlib.nullcontext({"decay": 1.0}) as cut,
     ):
         parameters = [p for p in model.parameters() if p.requires_grad]
-        groups = _parameter_groups(model, weight_decay)
+        table = model.get_input_embeddings().weight
+        groups = _parameter_groups(model, weight_decay, rates or {})
+        table_rate = next((g["factor"] for g in groups for p in g["params"] if p is table), 1.0)
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
         batches: list[np.ndarray] = []
         done.shortcut = layers
@@ -363,7 +382,7 @@ def fine_tune(
                 batches = _epoch(lengths, batch_size, rng)[::-1]
             rows = batches.pop()
             for group in optimizer.param_groups:
-                group["lr"] = rate(step)
+                group["lr"] = rate(step) * group["factor"]
             random_state = _random_state(device)
             while True:
                 try:
@@ -389,7 +408,7 @@ def fine_tune(
             if scaler.get_scale() < before:  # float16 overflowed: the optimizer did not step
                 done.skipped_steps += 1
             else:
-                cut["decay"] *= 1 - rate(step) * weight_decay
+                cut["decay"] *= 1 - rate(step) * table_rate * weight_decay
             optimizer.zero_grad(set_to_none=True)
             done.tokens += int(lengths[rows].sum())
             if (step + 1) % 20 == 0 or step + 1 == steps:  # reading a loss waits for the device

@@ -428,7 +428,7 @@ def test_biases_and_normalisation_weights_do_not_decay():
         names = {id(p): name for name, p in model.named_parameters()}
         decays, spared = (
             {names[id(p)] for p in group["params"]}
-            for group in training._parameter_groups(model, 0.1)
+            for group in training._parameter_groups(model, 0.1, {})
         )
         assert decays | spared == set(names.values()) and not decays & spared
         assert all("bias" in n or "norm" in n.lower() for n in spared)
