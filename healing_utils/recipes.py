@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from healing_utils.corruption import corrupt
-from healing_utils.encoders import encoder_layers, outer_parts, parse_layers
+from healing_utils.encoders import _stack, encoder_layers, outer_parts, parse_layers
 from healing_utils.errors import HealingError, choose
 from healing_utils.training import Encoded, Training, fine_tune, seeded
 
@@ -51,12 +51,6 @@ class Patient:
     rates: dict[str, float] = field(default_factory=dict)
     after: list[Callable[[], None]] = field(default_factory=list)
     warm_up: Training | None = None
-
-    def need(self, name: str) -> Any:
-        found = getattr(self, name)
-        if found is None:
-            raise HealingError(f"this recipe needs {name}, which was not given")
-        return found
 
     @property
     def sick(self) -> list[nn.Module]:
@@ -198,7 +192,7 @@ def matched_redraw(patient: Patient) -> None:
 
     Needs only a mean and a standard deviation a tensor of the healthy model (kind `matched`).
     """
-    donor = patient.need("pristine")()
+    donor = patient.pristine()
     corrupt(donor, layers=patient.layers, kind="matched", seed=patient.seed)
     theirs = encoder_layers(donor)
     for i, layer in zip(patient.layers, patient.sick, strict=True):
@@ -230,16 +224,12 @@ def transplant(patient: Patient) -> None:
 def drop(patient: Patient) -> None:
     """The corrupted layers are taken out, then all that is left learns (Sajjad et al. 2023)."""
     model, config = patient.model, patient.model.config
-    stack = encoder_layers(model)
+    stack = _stack(model)  # the model's own list, and not a copy of it
     if len(patient.layers) == len(stack):
         raise HealingError("every layer is corrupted: nothing would be left")
-    holder = next(
-        m for m in model.modules()
-        if isinstance(m, nn.ModuleList) and len(m) and list(m) == stack
-    )  # fmt: skip
     for i in reversed(patient.layers):
-        del holder[i]
-    config.num_hidden_layers = len(holder)
+        del stack[i]
+    config.num_hidden_layers = len(stack)
     if isinstance(getattr(config, "layer_types", None), list):
         config.layer_types = [
             kind for i, kind in enumerate(config.layer_types) if i not in patient.layers
@@ -256,7 +246,7 @@ def mlm_warm_up(patient: Patient) -> None:
     """
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    tokenizer, model = patient.need("tokenizer"), patient.model
+    tokenizer, model = patient.tokenizer, patient.model
     if tokenizer.mask_token_id is None:
         raise HealingError("the tokenizer has no mask token: no masked language modelling")
     config = AutoConfig.for_model(**{**model.config.to_dict(), "num_labels": 2})
@@ -293,7 +283,7 @@ def distillation(patient: Patient) -> None:
     Mean squared error over all layers and real tokens, in units of each layer's own variance (after
     Sun et al. 2019 and Jiao et al. 2020). The teacher is the fine-tuned intact model.
     """
-    model, teacher = patient.model, patient.need("teacher")
+    model, teacher = patient.model, patient.teacher
     teacher.eval()
 
     def objective(batch: dict[str, torch.Tensor], rows: np.ndarray) -> torch.Tensor:
