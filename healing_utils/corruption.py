@@ -467,6 +467,22 @@ def corrupt(
     )  # fmt: skip
 
 
+def parse_kind(value: Any) -> tuple[str, float | None]:
+    """A kind as a plan spells it, ``reinit`` or ``noise=0.5``, as its name and strength.
+
+    Raises HealingError for an unknown kind and for a strength that it does not have or allow.
+    """
+    name, _, strength = str(value).partition("=")
+    rule = KINDS[choose(name.strip(), KINDS, "kind of corruption")]
+    return rule.name, _clean_strength(rule, strength.strip() or None)
+
+
+def spell_kind(name: str, strength: float | None) -> str:
+    """The reverse of `parse_kind`."""
+    none = strength is None or math.isnan(strength)
+    return name if none else f"{name}={strength:g}"
+
+
 def _outer_targets(model: torch.nn.Module, part: str) -> list[Target]:
     return [
         Target(f"{name}.{piece.name}", -1, piece, module.get_parameter(piece.name), module, model)

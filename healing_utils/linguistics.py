@@ -271,7 +271,7 @@ def _probe(study: Study, cell: ProbeCell, on_step: Callable[..., None]) -> dict[
     result: dict[str, Any] = {"layers": layers, "read": read}
     if cell.state in ("broken", "healed"):
         intact = study.cell("intact", cell.model, cell.task, cell.seed)
-        data = study.examples(cell.model, cell.task, cell.seed).test
+        data = study.examples(cell).test
         few = slice(0, SIMILARITY_EXAMPLES)
         sample = Encoded(
             data.ids[few], data.types[few] if data.types else None, data.labels[few], data.pad
@@ -329,7 +329,7 @@ def _ablation(
     task's own training sentences: at zero, or at the mean of another corpus, the model would see
     states that it never sees."""
     p, task = study.parameters, study.task(cell.task)
-    test = study.examples(cell.model, cell.task, cell.seed).test
+    test = study.examples(cell).test
     texts = task.draw(cell.seed, p["train_size"], p["validation_size"])[0].texts
     means = sentence_activations(
         model, models.load_tokenizer(cell.model, p["model_revision"]),

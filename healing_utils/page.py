@@ -435,7 +435,7 @@ thead th { background:var(--panel); white-space:nowrap; border-top-width:0; }
 td.num, th.num { text-align:right; white-space:nowrap; }
 td small { color:var(--soft); display:block; }
 th[scope=rowgroup] { background:var(--panel); }
-th[scope=row] { font-weight:600; white-space:nowrap; } td.say { min-width:15rem; }
+th[scope=row] { font-weight:600; white-space:nowrap; } td.say { min-width:12.5rem; }
 .verdict { display:inline-block; padding:.08rem .55rem; border-radius:1rem; font-weight:700;
   white-space:nowrap; }
 .holds { color:var(--holds); background:var(--holds-bg); }
@@ -502,17 +502,17 @@ cells (<a href="#made">which</a>).</p>{% endif %}
 Sajjad and Dalvi (2021), <a href="https://arxiv.org/abs/2105.15179">How transfer learning impacts
 linguistic knowledge</a>; H is this study's own. A point is a hundredth: of the score (A), of
 selectivity (B1), of the depth (B2), of the share healed (H). Intervals are 95&nbsp;% t-intervals
-over units, a unit being a task and seed; p is exact and one-sided. A claim <em>holds</em> if the
+over units, a unit being a task and seed; p is exact and one-sided, and stands beside the smallest
+that so many units can reach. A claim <em>holds</em> if the
 corrected p is below 0.05 and the interval beyond the claim's margin (one point for A),
 <em>fails</em> if the interval is within the margin of zero or on the other side, and is otherwise
 <em>undecided</em>.</p>
 <div class="wide" tabindex="0"><table>
 <thead><tr><th scope="col">Claim</th><th scope="col">Verdict</th>
 <th scope="col" class="num">Effect, points</th><th scope="col" class="num">Units</th>
-<th scope="col" class="num">p</th><th scope="col" class="num">Corrected p</th>
-<th scope="col">Why</th></tr></thead>
+<th scope="col" class="num">Corrected p</th><th scope="col">Why</th></tr></thead>
 {% for (model, kind), rows in claims.rows | groupby_keys("model", "kind") %}<tbody>
-<tr><th scope="rowgroup" colspan="7">{{ model }}
+<tr><th scope="rowgroup" colspan="6">{{ model }}
 {%- if kind != "none" %}, {{ kind }}{% endif %}</th></tr>
 {% for row in rows %}<tr>
 <td class="say"><strong>{{ row.claim }}</strong> {{ row.statement }}.
@@ -520,9 +520,8 @@ corrected p is below 0.05 and the interval beyond the claim's margin (one point 
 <td><span class="verdict {{ row.verdict }}">{{ row.symbol }} {{ row.verdict }}</span></td>
 <td class="num">{{ row.effect or "none" }}<small>{{ row.interval }}</small></td>
 <td class="num">{{ row.n }}<small>{{ row.units }}</small></td>
-<td class="num">{{ row.p or "none" }}{% if row.smallest_p %}<small>smallest
- {{ row.smallest_p }}</small>{% endif %}</td>
-<td class="num">{{ row.p_corrected or "none" }}</td>
+<td class="num">{{ row.p_corrected or "none" }}{% if row.p %}<small>alone {{ row.p }}</small>
+{%- endif %}{% if row.smallest_p %}<small>at best {{ row.smallest_p }}</small>{% endif %}</td>
 <td class="say">{{ row.reason }}{% if row.note %}<small>{{ row.note }}</small>{% endif %}</td>
 </tr>{% endfor %}</tbody>{% endfor %}</table></div>
 {% else %}<p class="note">{{ claims.note }}</p>{% endif %}

@@ -15,6 +15,8 @@ import yaml
 from healing_utils.errors import HealingError, choose, nearest
 
 SIDES = ("bottom", "top")
+STARTS = ("pre-trained", "fine-tuned")
+STATES = ("healed", "broken", "intact", "scratch")
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,67 @@ def _among(allowed: Callable[[], Any], what: str) -> Callable[[Any], list[str]]:
     return read
 
 
-def _kinds() -> Any:
-    from healing_utils.corruption import KINDS
+def _kinds(value: Any) -> list[str]:
+    """Kinds of corruption, with a strength where they have one: ``reinit``, ``noise=0.5``."""
+    from healing_utils.corruption import parse_kind, spell_kind
 
-    return KINDS
+    return _unique([spell_kind(*parse_kind(v)) for v in _listed(value)])
+
+
+def _parts() -> tuple[str, ...]:
+    from healing_utils.encoders import OUTER_PARTS, PARTS
+
+    return (*PARTS, *OUTER_PARTS)
+
+
+def _controls() -> tuple[str, ...]:
+    from healing_utils.encoders import CONTROLS
+
+    return (*SIDES, *CONTROLS)
+
+
+def _recipes() -> Any:
+    from healing_utils.recipes import RECIPES
+
+    return RECIPES
+
+
+def _one(allowed: Callable[[], Any], what: str) -> Callable[[Any], str]:
+    return lambda value: choose(_plain(value), allowed(), what)
+
+
+def _several(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    return lambda value: _unique([read(v) for v in _listed(value)])
+
+
+def _layer_sets(value: Any) -> str | list[list[int]]:
+    """``each`` for one layer at a time, or lists of layers."""
+    value = _plain(value)
+    if value == "each":
+        return value
+    sets = value if isinstance(value, list) and all(isinstance(v, list) for v in value) else [value]
+    if value is None or not sets:
+        raise HealingError("must be each, a list of layers, or several such lists")
+    return [_layers(layers) for layers in sets]
+
+
+def _scans(value: Any) -> dict[str, dict[str, Any]]:
+    """Scans by name, each a mapping of the fields of `SCAN`."""
+    value = _plain(value)
+    if not isinstance(value, Mapping):
+        raise HealingError("must be scans by name, each a mapping such as {part: attention}")
+    scans: dict[str, dict[str, Any]] = {}
+    for name, given in value.items():
+        if not isinstance(given, Mapping):
+            raise HealingError(f"scan {name!r} must be a mapping such as {{part: attention}}")
+        scans[str(name)] = {}
+        for entry, one in given.items():
+            field = SCAN[choose(entry, SCAN, f"field of scan {name!r}")]
+            try:
+                scans[str(name)][entry] = field.read(one)
+            except HealingError as error:
+                raise HealingError(f"{entry} of scan {name!r} is {one!r}: {error}") from error
+    return scans
 
 
 def _precision(value: Any) -> str:
@@ -189,11 +248,17 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "levels": Parameter(["1/6", "1/2", "1"], _levels, "corrupted fractions of the layers"),
     "layers": Parameter(None, _layers, "these layers instead of sides and levels"),
-    "kind": Parameter(["reinit"], _among(_kinds, "kind of corruption"), "kinds of corruption"),
+    "kind": Parameter(["reinit"], _kinds, "kinds of corruption, such as reinit or noise=0.5"),
+    "part": Parameter("all", _one(_parts, "part"), "what of a layer, or beside them, is corrupted"),
+    "start": Parameter(
+        "pre-trained", _one(lambda: STARTS, "start"), "which model is corrupted, then fine-tuned"
+    ),
+    "recipe": Parameter("full", _one(_recipes, "recipe"), "how corrupted models are healed"),
     "init_levels": Parameter(
         ["1/2"], _levels, "levels that are also redrawn with the model's own initialiser"
     ),
     "scratch": Parameter(True, _flag, "also train from random initial values"),
+    "scans": Parameter({}, _scans, "cells beside that grid, by scan: see the parameters' `SCAN`"),
     "train_size": Parameter(1000, _integer(1, True), "labelled examples, null for all"),
     "validation_size": Parameter(200, _integer(1), "held out of training for learning curves"),
     "test_size": Parameter(None, _integer(1, True), "scored examples, null for all"),
@@ -243,6 +308,28 @@ PARAMETERS: dict[str, Parameter] = {
     "pretraining_steps": Parameter(40, _integer(1), "steps of the pre-training shown"),
     "publish": Parameter(False, _flag, "train fully and replace the shipped organism"),
     "organism_seeds": Parameter([0, 1, 2, 3, 4], _seeds, "seeds of the organism's table"),
+}
+
+# The fields of a scan: its cells are the product of their values. What is not given is as in the
+# main grid, with `levels` at one half.
+SCAN: dict[str, Parameter] = {
+    "state": Parameter(
+        ["healed"], _among(lambda: STATES, "state"), "healed, broken, intact, scratch"
+    ),
+    "broken": Parameter(True, _flag, "score what is healed broken too, without training"),
+    "task": Parameter(None, _names, "some of the study's tasks"),
+    "seeds": Parameter(None, _seeds, "seeds"),
+    "sides": Parameter(None, _among(_controls, "side"), "also random and scattered, the controls"),
+    "levels": Parameter(["1/2"], _levels, "corrupted fractions of the layers"),
+    "layers": Parameter(None, _layer_sets, "each, or lists of layers, instead of sides and levels"),
+    "kind": Parameter(["reinit"], _kinds, "kinds, with their strengths"),
+    "part": Parameter(["all"], _among(_parts, "part"), "parts"),
+    "start": Parameter(["pre-trained"], _among(lambda: STARTS, "start"), "starts"),
+    "recipe": Parameter(["full"], _among(_recipes, "recipe"), "recipes"),
+    "train_size": Parameter(None, _several(_integer(1)), "labelled examples"),
+    "epochs": Parameter(None, _several(_number(0, 1000, True)), "passes over them"),
+    "learning_rate": Parameter(None, _several(_number(0, 1, True)), "peak learning rates"),
+    "evaluations": Parameter(None, _several(_integer(1)), "points on a learning curve"),
 }
 
 

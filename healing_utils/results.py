@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     import pandas
 
 TASK_STAGES = ("baseline", "corruption", "recovery")
-STAGES = (*TASK_STAGES, "probing", "neurons")
+SCAN_STAGES = ("harms", "scans")
+STAGES = (*TASK_STAGES, *SCAN_STAGES, "probing", "neurons")
 COLUMNS = (
     "model", "task", "state", "side", "level", "kind", "part", "strength", "layers", "n_layers",
-    "seed", "metric", "score", "score_f1", "score_accuracy", "score_matthews", "score_spearman",
-    "chance", "chance_f1", "chance_accuracy", "test_size", "train_size", "train_tokens", "seconds",
-    "device", "precision", "threads", "versions", "key",
+    "start", "recipe", "seed", "metric", "score", "score_f1", "score_accuracy", "score_matthews",
+    "score_spearman", "chance", "chance_f1", "chance_accuracy", "test_size", "train_size", "epochs",
+    "learning_rate", "train_tokens", "diverged", "seconds", "device", "precision", "threads",
+    "versions", "key",
 )  # fmt: skip
 PROBED_COLUMNS = (
     "model", "architecture", "task", "state", "side", "level", "kind", "layers", "n_layers", "seed",
@@ -37,6 +39,7 @@ NEURON_COLUMNS = (
 )  # fmt: skip
 CELL_COLUMNS = ("model", "task", "state", "side", "level", "kind", "part", "strength", "n_layers",
                 "seed", "metric")  # fmt: skip
+CURVE_COLUMNS = ("layers", "start", "recipe", "train_size", "epochs", "learning_rate", "key")
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
     cell, result, nan = record["cell"], record["result"], float("nan")
     scores, chance, metric = result["scores"], result["chance"], cell["metric"]
     flat: dict[str, Any] = {name: cell[name] for name in CELL_COLUMNS}
+    flat["start"], flat["recipe"] = cell.get("start", "pre-trained"), cell.get("recipe", "full")
     flat["layers"] = tuple(cell["layers"])
     flat["score"], flat["chance"] = scores[metric], chance[metric]
     for name in ("f1", "accuracy", "matthews", "spearman"):
@@ -52,6 +56,11 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
         flat[f"chance_{name}"] = chance.get(name, nan)
     for name in ("test_size", "train_size", "train_tokens"):
         flat[name] = result.get(name)
+    for name in ("epochs", "learning_rate"):
+        flat[name] = record["determinants"]["recipe"][name]
+    flat["diverged"] = result.get("diverged", "")
+    if "scan" in cell:
+        flat["scan"] = cell["scan"]
     flat["precision"] = result.get("precision", "float32")  # scoring alone is in float32
     return flat | _made(record)
 
@@ -100,11 +109,28 @@ def table(records: Iterable[dict[str, Any]], stage: str = "baseline") -> pandas.
 
     rows, columns = {
         "probing": (_probing_rows, PROBING_COLUMNS), "neurons": (_neuron_rows, NEURON_COLUMNS),
-    }.get(stage, (lambda record: [row(record)], COLUMNS))  # fmt: skip
+    }.get(
+        stage,
+        (
+            lambda record: [row(record)],
+            ("scan", *COLUMNS) if stage in SCAN_STAGES else COLUMNS,
+        ),
+    )  # fmt: skip
     frame = pandas.DataFrame([r for record in records for r in rows(record)], columns=list(columns))
     order = ["model", "task", "state", "kind", "level", "side", "layers", "seed"]
+    order = [name for name in ("scan",) if name in frame] + order
+    order += ["part", "strength", "recipe"] if stage in SCAN_STAGES else []
     order += [name for name in ("corpus", "column", "layer", "key") if name in frame]
     return frame.sort_values(order, ignore_index=True, kind="stable")
+
+
+def _plan(folder: Path, stage: str) -> list[dict[str, Any]] | None:
+    """The cells that the run's last plan of a stage names; None where there is no readable plan."""
+    try:
+        plan = json.loads((folder / "plans" / f"{stage}.json").read_text(encoding="utf-8"))
+        return [{"key": cell["key"], **cell} for cell in plan["cells"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def planned_records(folder: Path, stage: str) -> Iterator[dict[str, Any]]:
@@ -112,12 +138,16 @@ def planned_records(folder: Path, stage: str) -> Iterator[dict[str, Any]]:
 
     A folder may hold more: records of another recipe, or of older numerics.
     """
-    try:
-        plan = json.loads((folder / "plans" / f"{stage}.json").read_text(encoding="utf-8"))
-        cells = {cell["key"]: cell.get("cell", {}) for cell in plan["cells"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        cells = None
-    for record in Store(folder).records(stage):
+    store = Store(folder)
+    plan = _plan(folder, stage)
+    cells = None if plan is None else {cell["key"]: cell.get("cell", {}) for cell in plan}
+    if stage in SCAN_STAGES:  # a plan alone: its records lie among those of the task stages
+        for entry in plan or ():
+            record = store.read(entry["stage"], entry["key"])
+            if record is not None:
+                yield {**record, "cell": record["cell"] | entry["cell"]}
+        return
+    for record in store.records(stage):
         if cells is None or record["key"] in cells:
             # What the plan calls the cell: another run may have computed it under other names.
             record["cell"] |= cells[record["key"]] if cells else {}
@@ -130,11 +160,10 @@ def planned_grid(run: str | Path, stage: str, kind: str = "reinit") -> dict[str,
     A verdict on what happens to be there would pass over what is missing. None without a plan.
     """
     choose(stage, ("recovery", "probing"), "stage with claims")
-    try:
-        path = run_folder(run) / "plans" / f"{stage}.json"
-        cells = [c["cell"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    plan = _plan(run_folder(run), stage)
+    if plan is None or not all("cell" in entry for entry in plan):
         return None
+    cells = [entry["cell"] for entry in plan]
 
     def found(name: str, rows: Iterable[dict[str, Any]]) -> list:
         return sorted({row[name] for row in rows})
@@ -175,6 +204,14 @@ def load_results(run: str | Path, stage: str) -> pandas.DataFrame:
     frame = table(planned_records(folder, stage), stage)
     if frame.empty:
         raise HealingError(f"run {folder} has no records of stage {stage!r}: run that stage first")
+    if stage in SCAN_STAGES:  # their tables have no grid in which a gap would show
+        there = set(frame["key"])
+        lost = [c for c in _plan(folder, stage) if c["key"] not in there]
+        if lost:
+            raise HealingError(
+                f"run {folder} lacks {len(lost)} planned cells of {stage!r}, the first is "
+                f"{lost[0]['name']}: run that stage again"
+            )
     return frame
 
 
@@ -188,15 +225,19 @@ def write_tables(run: str | Path, tables: dict[str, pandas.DataFrame]) -> list[P
     return paths
 
 
-def load_curves(run: str | Path) -> pandas.DataFrame:
+def load_curves(run: str | Path, scans: bool = False) -> pandas.DataFrame:
     """Score on held-out examples over training: ``model task state side level kind seed metric step
-    score loss``, one row a point; of the stages baseline and recovery."""
+    score loss``, one row a point; of the stages baseline and recovery, with `scans` also of those.
+
+    Beside them stand ``scan layers start recipe train_size epochs learning_rate key``."""
     import pandas
 
     rows = []
-    for stage in ("baseline", "recovery"):
+    for stage in ("baseline", "recovery", *(["scans"] if scans else [])):
         for record in planned_records(run_folder(run), stage):
-            cell = {name: record["cell"][name] for name in CELL_COLUMNS}
+            flat = row(record)
+            cell = {name: flat[name] for name in (*CELL_COLUMNS, *CURVE_COLUMNS)}
+            cell["scan"] = flat.get("scan", "main")
             for point in record["result"]["curve"]:
                 score, loss = point.get(cell["metric"]), point["loss"]
                 rows.append({**cell, "step": point["step"], "score": score, "loss": loss})
@@ -211,13 +252,14 @@ def _ordered(frame: pandas.DataFrame) -> pandas.DataFrame:
     return frame.sort_values(order, kind="stable", ignore_index=True)
 
 
-def load_similarity(run: str | Path) -> pandas.DataFrame:
-    """Similarity of broken to intact representations: ``model task side level kind seed layer
-    layers measure similarity``, one row a layer (0 is the embeddings) and measure (cosine, cka)."""
+def load_similarity(run: str | Path, stage: str = "corruption") -> pandas.DataFrame:
+    """Similarity of broken to intact representations: ``model task side level kind strength part
+    seed key layer layers measure similarity``, one row a layer (0 is the embeddings) and measure
+    (cosine, cka); of the stage `corruption` or `harms`."""
     import pandas
 
     rows = []
-    for record in planned_records(run_folder(run), "corruption"):
+    for record in planned_records(run_folder(run), stage):
         cell = {name: record["cell"][name] for name in CELL_COLUMNS}
         layers = tuple(record["cell"]["layers"])
         for measure, values in record["result"]["similarity"].items():
@@ -225,6 +267,7 @@ def load_similarity(run: str | Path) -> pandas.DataFrame:
                 rows.append(
                     {
                         **cell,
+                        "key": record["key"],
                         "layers": layers,
                         "layer": layer,
                         "measure": measure,

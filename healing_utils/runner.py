@@ -34,7 +34,14 @@ from healing_utils.paths import run_folder
 from healing_utils.records import STALE, write_atomically
 
 ORGANISM_NOTEBOOK = "00_model_organism"  # only worth running where the organism is studied
-STAGES = ("baseline", "corruption", "recovery", "probing", "neurons")  # in the order of the study
+# In the order of the study: each notebook, by its name without the number, and its stages.
+STAGES_OF = {
+    "baseline": ("baseline",),
+    "corruption": ("corruption", "harms"),
+    "recovery": ("recovery", "scans"),
+    "linguistics": ("probing", "neurons"),
+}
+STAGES = [stage for stages in STAGES_OF.values() for stage in stages]
 NOT_COMPARED = ("run", "device")  # where a run lies and what it runs on do not make it another run
 DISK_WANTED = 2e9  # bytes free; the weights of the intact models are the largest part of a run
 KERNEL_STARTS = 3  # tries: two kernels that start at once can pick the same port
@@ -321,11 +328,11 @@ def _end(child: subprocess.Popen) -> None:
 
 
 def _recorded(target: Path, name: str) -> str:
-    """``, 12 of 24 cells recorded`` for the stage that the notebook called `name` computes."""
-    for stage in progress(target):
-        if stage.name == name[3:]:
-            return f", {stage.done} of {stage.planned} cells recorded"
-    return ""
+    """``, 12 of 24 cells recorded`` for the stages that the notebook called `name` computes."""
+    mine = [s for s in progress(target) if s.name in STAGES_OF.get(name[3:], ())]
+    if not mine:
+        return ""
+    return f", {sum(s.done for s in mine)} of {sum(s.planned for s in mine)} cells recorded"
 
 
 # -- inside a notebook's process ---------------------------------------------------------------
@@ -447,8 +454,13 @@ def progress(target: Path) -> Iterator[Stage]:
             plans.append(json.loads(path.read_text("utf-8")))
     order = {name: number for number, name in enumerate(STAGES)}
     for plan in sorted(plans, key=lambda p: (order.get(p["stage"], len(order)), p["stage"])):
-        records = target / "records" / plan["stage"]
-        missing = [c for c in plan["cells"] if not (records / f"{c['key']}.json").exists()]
+        records = target / "records"
+        missing = [
+            cell
+            for cell in plan["cells"]
+            # A cell of a scan is recorded in the stage that it belongs to.
+            if not (records / cell.get("stage", plan["stage"]) / f"{cell['key']}.json").exists()
+        ]
         claims = {cell["key"]: _claim(target, cell["key"]) for cell in missing}
         yield Stage(
             name=plan["stage"],

@@ -3,14 +3,18 @@
 - `first_token_layers`: a classifier that reads only the first token's state needs the last layer
   for that token alone (an encoder of six layers then computes a sixth less);
 - `quick_dropout`: dropout's random numbers on a CPU, some ten times as fast as torch's;
-- `cut_embeddings`: only the rows of the embedding table that the task's ids use.
+- `cut_embeddings`: only the rows of the embedding table that the task's ids use;
+- `LowWeights`: in bfloat16, weights cast once a step instead of at every use; on a CPU the states
+  between the layers' products stay in bfloat16 too;
+- `keep_freed_memory`: no fresh pages from the system at every step.
 
-Each is taken back when its block ends; what cannot take one goes on without it.
+Each but the last is taken back when its block ends; what cannot take one goes on without it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,9 +60,7 @@ def dropout(x: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
     return x * keep.mul_(scale)
 
 
-def _add_dropped(
-    residual: torch.Tensor, x: torch.Tensor, p: float, training: bool
-) -> torch.Tensor:
+def _add_dropped(residual: torch.Tensor, x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """``residual + dropout(x)``, in one pass over both on a CPU."""
     if not training or p == 0 or x.device.type != "cpu":
         return residual + dropout(x, p, training)
@@ -276,14 +278,103 @@ def _use(modules: list[nn.Module], read: list[_Layer], first_token: bool) -> Non
         compute = _first_token if first_token and i + 1 == len(read) else _all_tokens
 
         def forward(hidden_states, attention_mask=None, *_, c=compute, m=module, r=layer, **__):
-            return c(r, hidden_states, attention_mask, m.training)
+            return c(r, _as_products(hidden_states), attention_mask, m.training)
 
         module.forward = forward
+
+
+def _as_products(states: torch.Tensor) -> torch.Tensor:
+    """Under autocast to bfloat16 on a CPU: the states in bfloat16, and all that follows with them.
+
+    Sums and norms then pass half the bytes and cast nothing between the products; inside, LayerNorm
+    and softmax still compute in float32. On a GPU autocast's own norms want float32.
+    """
+    if states.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return states.to(torch.get_autocast_dtype("cpu"))
+    return states
 
 
 def _restore(modules: list[nn.Module]) -> None:
     for module in modules:
         module.__dict__.pop("forward", None)
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+class LowWeights:
+    """Weights of the model's products in the precision that autocast computes them in.
+
+    Autocast casts a weight whenever it is used, and its gradient back. Inside this block the
+    modules hold parameters in `dtype`, cast once a step; the optimizer goes on with the float32
+    ones that were there before, and gets the same gradients. Takes plain `nn.Linear` layers, whose
+    products are all that reads their weights; none where `dtype` is None.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
+        modules = list(model.modules()) if dtype is not None else []
+        linear = [m for m in modules if type(m) is nn.Linear]
+        tied = {id(p) for m in modules if type(m) is not nn.Linear for p in m._parameters.values()}
+        self.places = [
+            (module, name, full)
+            for module in linear
+            for name, full in module.named_parameters(recurse=False)
+            if full.requires_grad and id(full) not in tied
+        ]
+        self.low = {full: nn.Parameter(full.detach().to(dtype)) for _, _, full in self.places}
+        self.gradients = {full: torch.empty_like(full) for full in self.low}  # allocated once
+
+    def __enter__(self) -> LowWeights:
+        for module, name, full in self.places:
+            setattr(module, name, self.low[full])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, name, full in self.places:
+            setattr(module, name, full)
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """The float32 parameters in their places, inside the block."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the gradients to those of the float32 parameters, in float32."""
+        for full, low in self.low.items():
+            if low.grad is None:
+                continue
+            if full.grad is None:
+                full.grad = self.gradients[full].copy_(low.grad)
+            else:
+                full.grad.add_(low.grad)
+            low.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast the float32 parameters again, after a step."""
+        for full, low in self.low.items():
+            low.copy_(full)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step, up to 1 GiB; does nothing elsewhere.
+
+    Else it hands large blocks back to the system, which maps and clears their pages anew at the
+    next step. The setting is the process's, and stays.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt's settings, from malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 # --- Embeddings -----------------------------------------------------------------------------------

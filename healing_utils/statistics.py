@@ -129,6 +129,21 @@ def holm(p_values: Iterable[float]) -> np.ndarray:
     return corrected
 
 
+def units_needed(size: float, power: float = 0.8, alpha: float = ALPHA) -> float:
+    """How many paired units a one-sided t-test at `alpha` needs for an effect of `size` standard
+    deviations of the differences to be found with probability `power`; NaN for no effect.
+
+    By the noncentral t distribution, which is exact for normal differences.
+    """
+    if math.isnan(size) or size == 0:
+        return math.nan
+    for n in (*range(2, 1000), *range(1000, 100_000, 500)):
+        limit = stats.t.ppf(1 - alpha, n - 1)
+        if stats.nct.sf(limit, n - 1, abs(size) * math.sqrt(n)) >= power:
+            return float(n)
+    return math.inf
+
+
 def binomial_error(score, test_size):
     """Binomial standard error of a share of right answers `score` on `test_size` examples.
 

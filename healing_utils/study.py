@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from healing_utils import models, tasks
-from healing_utils.corruption import CorruptionReport, corrupt
-from healing_utils.encoders import parse_level, resolve_layers
+from healing_utils import models, recipes, tasks
+from healing_utils.corruption import CorruptionReport, corrupt, parse_kind, spell_kind
+from healing_utils.encoders import OUTER_PARTS, parse_level, resolve_layers
 from healing_utils.errors import HealingError, choose
 from healing_utils.parameters import read_parameters
 from healing_utils.paths import run_folder
@@ -33,7 +34,9 @@ from healing_utils.records import Store, canonical, digest, write_atomically
 from healing_utils.results import table
 from healing_utils.similarity import layer_similarity
 from healing_utils.training import (
+    Diverged,
     Encoded,
+    Training,
     encode,
     evaluate,
     fine_tune,
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 # and are no longer taken for finished cells.
 NUMERICS = 3
 STAGES = ("baseline", "corruption", "recovery")
+SCAN_STAGES = ("harms", "scans")  # broken and trained cells beside the main grid, see `scans`
 PROBING_STAGES = ("probing", "neurons")
 RECIPE = (
     "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm",
@@ -74,6 +78,12 @@ class Cell:
     n_layers: int
     metric: str
     determinants: str  # canonical JSON
+    part: str = field(default="all", kw_only=True)
+    strength: float | None = field(default=None, kw_only=True)
+    start: str = field(default="pre-trained", kw_only=True)
+    recipe: str = field(default="full", kw_only=True)
+    # Parameters of the training that are other than the study's.
+    settings: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
 
     @cached_property
     def key(self) -> str:
@@ -83,16 +93,37 @@ class Cell:
     def name(self) -> str:
         """For people: ``organism sentiment healed bottom 1/2 reinit seed 0``."""
         where = "" if self.side in ("none", "all") else f" {self.side}"
-        share = Fraction(self.level).limit_denominator(99)
-        what = "" if self.state in ("intact", "scratch") else f"{where} {share} {self.kind}"
-        return f"{self.model} {self.task} {self.state}{what} seed {self.seed}"
+        if self.side == "custom":
+            where = f" layers {','.join(map(str, self.layers))}"
+        share = (
+            ""
+            if self.side in ("none", "custom")
+            else f" {Fraction(self.level).limit_denominator(99)}"
+        )
+        what = f"{where}{share} {spell_kind(self.kind, self.strength)}"
+        what += "" if self.part == "all" else f" {self.part}"
+        what += "" if self.start == "pre-trained" else f" {self.start}"
+        what += "" if self.recipe == "full" else f" by {self.recipe}"
+        what = "" if self.state in ("intact", "scratch") else what
+        others = "".join(f" {name} {value:g}" for name, value in self.settings)
+        return f"{self.model} {self.task} {self.state}{what}{others} seed {self.seed}"
+
+    @property
+    def plain(self) -> bool:
+        """Whether whole layers of the pre-trained model are corrupted, and all of it is then
+        trained as the study's parameters say."""
+        found = (self.part, self.strength, self.start, self.recipe, self.settings)
+        return found == ("all", None, "pre-trained", "full", ())
 
     def columns(self) -> dict[str, Any]:
+        corrupted = self.state not in ("intact", "scratch")
         return {
             "model": self.model, "task": self.task, "state": self.state, "side": self.side,
-            "level": self.level, "kind": self.kind, "part": "all" if self.layers else "none",
-            "strength": None, "layers": list(self.layers), "n_layers": self.n_layers,
+            "level": self.level, "kind": self.kind,
+            "part": self.part if corrupted or self.layers else "none",
+            "strength": self.strength, "layers": list(self.layers), "n_layers": self.n_layers,
             "seed": self.seed, "metric": self.metric,
+            "start": self.start, "recipe": self.recipe,
         }  # fmt: skip
 
 
@@ -120,8 +151,8 @@ class Study:
         # Kept by the study and not by the process: a kernel outlives changes of a local file.
         self._tasks: dict[str, tasks.TaskData] = {}
         self.corpora: dict[tuple[str, str | None], Any] = {}
-        self._examples: dict[tuple[str, str, int], Examples] = {}
-        self._contents: dict[tuple[str, int], tuple[str, str, str]] = {}
+        self._examples: dict[tuple[str, str, int, int | None], Examples] = {}
+        self._contents: dict[tuple[str, int, int | None], tuple[str, str, str]] = {}
         self._test_contents: dict[str, str] = {}
 
     def describe(self) -> str:
@@ -160,12 +191,14 @@ class Study:
             )  # fmt: skip
         return self._tasks[name]
 
-    def examples(self, model: str, name: str, seed: int) -> Examples:
-        """Tokenised examples; the draw of training examples depends on the seed."""
-        key = (model, name, seed)
+    def examples(self, cell: Cell) -> Examples:
+        """A cell's tokenised examples; the draw of training examples depends on the seed."""
+        p = self.parameters | dict(cell.settings)
+        model, name, seed = cell.model, cell.task, cell.seed
+        key = (model, name, seed, p["train_size"])
         if key not in self._examples:
             self._examples.clear()  # one at a time: several full data sets would not fit
-            p, data = self.parameters, self.task(name)
+            data = self.task(name)
             train, validation = data.draw(seed, p["train_size"], p["validation_size"])
             tokenizer = models.load_tokenizer(model, p["model_revision"])
 
@@ -181,12 +214,12 @@ class Study:
             )
         return self._examples[key]
 
-    def _content(self, name: str, seed: int) -> tuple[str, str, str]:
+    def _content(self, name: str, seed: int, train_size: int | None) -> tuple[str, str, str]:
         """Hashes of a task's training, validation and test examples for one seed."""
-        key = (name, seed)
+        key = (name, seed, train_size)
         if key not in self._contents:
-            p, data = self.parameters, self.task(name)
-            train, validation = data.draw(seed, p["train_size"], p["validation_size"])
+            data = self.task(name)
+            train, validation = data.draw(seed, train_size, self.parameters["validation_size"])
             if name not in self._test_contents:  # the same examples for every seed
                 self._test_contents[name] = data.test.sha()
             self._contents[key] = (
@@ -196,34 +229,67 @@ class Study:
 
     def cell(
         self, state: str, model: str, task: str, seed: int, side: str = "none",
-        level: float = 0.0, kind: str = "none", layers: tuple[int, ...] = (),
+        level: float = 0.0, kind: str = "none", layers: tuple[int, ...] = (), *,
+        part: str | None = None, start: str | None = None, recipe: str | None = None,
+        **settings: Any,
     ) -> Cell:  # fmt: skip
-        """The cell of a model that is scored on a task, planned or not."""
-        p = self.parameters
+        """The cell of a model that is scored on a task, planned or not.
+
+        `kind` may carry a strength (``noise=0.5``). `part`, `start` and `recipe` are the study's
+        where they are not given; `settings` replace its `train_size` or parameters of `RECIPE`.
+        """
         stage = {"intact": "baseline", "broken": "corruption"}.get(state, "recovery")
+        corrupted, healed = state in ("broken", "healed"), state == "healed"
+        p = self.parameters
+        part = (part or p["part"]) if corrupted else "all"
+        start = (start or p["start"]) if healed else "pre-trained"
+        recipe = (recipe or p["recipe"]) if healed else "full"
+        name, strength = parse_kind(kind) if corrupted else (kind, None)
+        settings = {k: v for k, v in settings.items() if v != p[k] and state != "broken"}
+        if part in OUTER_PARTS and recipe != "full":
+            raise HealingError(f"recipe {recipe!r} is for layers: {part} can be healed by 'full'")
+        p = p | settings
         config = models.load_config(model, p["model_revision"])
         data = self.task(task)
         determinants = {
             "numerics": NUMERICS,
             "state": state,
             "model": models.identity(model, p["model_revision"]),
-            "data": self._content(task, seed),
+            "data": self._content(task, seed, p["train_size"]),
             "classes": data.num_labels,
             "recipe": {name: p[name] for name in RECIPE},
             "seed": seed,
             "threads": p["threads"],
         }
-        if state in ("broken", "healed"):
-            # The layers themselves: one cell, whichever side and level led to them.
-            determinants["corruption"] = {"kind": kind, "layers": layers, "seed": seed}
+        if corrupted:
+            # The layers themselves: one cell, whichever side and level led to them. What is as in
+            # paper A is left out, so that a new choice leaves the keys of old records alone.
+            determinants["corruption"] = {"kind": name, "layers": layers, "seed": seed} | {
+                key: value
+                for key, value, usual in (
+                    ("part", part, "all"),
+                    ("strength", strength, None),
+                    ("scattered", level if side == "scattered" else None, None),
+                )
+                if value != usual
+            }
+        if start != "pre-trained":
+            determinants["start"] = start
+        if recipe != "full":
+            determinants["healing"] = {"recipe": recipe, "numerics": recipes.NUMERICS}
         return Cell(
-            stage, state, model, task, seed, side, level, kind, layers,
+            stage, state, model, task, seed, side, level, name, layers,
             config.num_hidden_layers, data.metric, canonical(determinants),
+            part=part, strength=strength, start=start, recipe=recipe,
+            settings=tuple(sorted(settings.items())),
         )  # fmt: skip
 
     def corruptions(self, model: str) -> list[tuple[str, float, str, tuple[int, ...]]]:
-        """The grid for one model: rows of side, level, kind and resolved layers, none twice."""
+        """The grid for one model: rows of side, level, kind (with its strength) and resolved
+        layers, none twice."""
         p = self.parameters
+        if p["part"] in OUTER_PARTS:  # beside the layers: side and level say nothing
+            return [("none", 0.0, kind, ()) for kind in p["kind"]]
         n_layers = models.load_config(model, p["model_revision"]).num_hidden_layers
         wanted: list[tuple[str, Any, str]] = []
         for kind in p["kind"]:
@@ -247,7 +313,11 @@ class Study:
 
         `networks` are those of the task stages that the probing stages look into.
         """
-        choose(stage, (*STAGES, *PROBING_STAGES, "networks"), "stage")
+        choose(stage, (*STAGES, *SCAN_STAGES, *PROBING_STAGES, "networks"), "stage")
+        if stage in SCAN_STAGES:
+            from healing_utils import scans
+
+            return list(scans.plan(self, stage))
         if stage not in STAGES:
             from healing_utils import linguistics
 
@@ -279,7 +349,9 @@ class Study:
         """
         cells = self.plan(stage)
         if plan:
-            planned = [{"key": c.key, "name": c.name, "cell": c.columns()} for c in cells]
+            planned = [
+                {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()} for c in cells
+            ]
             write_atomically(
                 self.run_folder / "plans" / f"{stage}.json",
                 canonical({"stage": stage, "cells": planned}),
@@ -409,18 +481,24 @@ class Study:
             data.regression,
         )  # fmt: skip
 
+    def _training(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
+        """What `fine_tune` is given for a cell, beside the model and the examples."""
+        p = self.parameters | dict(cell.settings)
+        recipe = {name: p[name] for name in RECIPE if name != "max_length"}
+        return {**recipe, "seed": cell.seed, "device": self.device, "on_step": on_step}
+
     def _train_and_score(
         self, cell: Cell, model: torch.nn.Module, on_step: Callable[..., None]
     ) -> dict[str, Any]:
-        p = self.parameters
-        examples = self.examples(cell.model, cell.task, cell.seed)
-        recipe = {name: p[name] for name in RECIPE if name != "max_length"}
+        examples = self.examples(cell)
         training = fine_tune(
-            model, examples.train, examples.validation, seed=cell.seed, device=self.device,
-            on_step=on_step, **recipe,
-        )  # fmt: skip
+            model, examples.train, examples.validation, **self._training(cell, on_step)
+        )
+        return {**self._score(cell, model), **self._trained(cell, training)}
+
+    def _trained(self, cell: Cell, training: Training) -> dict[str, Any]:
+        examples = self.examples(cell)
         return {
-            **self._score(cell, model),
             "train_size": len(examples.train),
             "train_tokens": training.tokens,
             "truncated": examples.train.truncated,
@@ -434,17 +512,18 @@ class Study:
         }
 
     def _score(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
-        examples = self.examples(cell.model, cell.task, cell.seed)
+        test = self.examples(cell).test
         return {
-            "scores": evaluate(model, examples.test, device=self.device),
-            "chance": majority_scores(examples.test.labels),
-            "test_size": len(examples.test),
+            "scores": evaluate(model, test, device=self.device),
+            "chance": majority_scores(test.labels),
+            "test_size": len(test),
         }
 
     def _intact(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
         model = self._load(cell)
         result = self._train_and_score(cell, model, on_step)
-        self._save_weights(cell, model)
+        if cell.plain:  # those with other settings are only scored
+            self._save_weights(cell, model)
         return result
 
     def _save_weights(self, cell: Cell, model: torch.nn.Module) -> None:
@@ -460,7 +539,7 @@ class Study:
         From the run's folder where its weights were kept, else made again.
         """
         if cell.state == "broken":
-            broken = self.network(self.cell("intact", cell.model, cell.task, cell.seed))
+            broken = self._intact_network(cell)
             self._corrupt(cell, broken)
             return broken
         from safetensors.torch import load
@@ -471,8 +550,9 @@ class Study:
             network.load_state_dict(load(path.read_bytes()))
         except FileNotFoundError:
             if cell.state == "healed":
-                self._corrupt(cell, network)
-            self._train_and_score(cell, network, lambda *_: None)
+                network, _ = self._heal(cell, lambda *_: None)
+            else:
+                self._train_and_score(cell, network, lambda *_: None)
             self._save_weights(cell, network)
         except Exception as error:  # truncated: safetensors and torch each have their own errors
             print(f"weights {path} are unusable ({error}); trained again", file=sys.stderr)
@@ -480,11 +560,14 @@ class Study:
             return self.network(cell)
         return network.to(self.device).eval()
 
+    def _intact_network(self, cell: Cell) -> torch.nn.Module:
+        """A copy of the fine-tuned model of the cell's model, task and seed."""
+        return self.network(self.cell("intact", cell.model, cell.task, cell.seed))
+
     def _broken(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
-        intact = self.network(self.cell("intact", cell.model, cell.task, cell.seed))
-        broken = self.network(self.cell("intact", cell.model, cell.task, cell.seed))
+        intact, broken = self._intact_network(cell), self._intact_network(cell)
         report = self._corrupt(cell, broken)
-        test = self.examples(cell.model, cell.task, cell.seed).test
+        test = self.examples(cell).test
         few = slice(0, SIMILARITY_EXAMPLES)
         sample = Encoded(
             test.ids[few], test.types[few] if test.types else None, test.labels[few], test.pad
@@ -496,17 +579,50 @@ class Study:
         }
 
     def _healed(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
-        model = self._load(cell)
-        report = self._corrupt(cell, model)
-        result = {**self._train_and_score(cell, model, on_step), "changed": _summary(report)}
+        model, result = self._heal(cell, on_step)
         if self._is_probed(cell):
             self._save_weights(cell, model)
         return result
 
+    def _heal(
+        self, cell: Cell, on_step: Callable[..., None]
+    ) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """Corrupt and heal; the model and its record. A loss that is no longer finite is a result:
+        the model is then scored as training left it."""
+        model = self._intact_network(cell) if cell.start == "fine-tuned" else self._load(cell)
+        report = self._corrupt(cell, model)
+        examples, training = self.examples(cell), self._training(cell, on_step)
+        try:
+            if cell.recipe == "full":
+                done = fine_tune(model, examples.train, examples.validation, **training)
+                healing: dict[str, Any] = {}
+            else:
+                healed = recipes.heal(
+                    model, cell.recipe, layers=cell.layers, train=examples.train,
+                    validation=examples.validation, pristine=lambda: self._load(cell),
+                    teacher=self._teacher(cell),
+                    tokenizer=models.load_tokenizer(cell.model, self.parameters["model_revision"]),
+                    **training,
+                )  # fmt: skip
+                done = healed.training
+                healing = {"trained": healed.trained, "parameters": healed.parameters}
+                if healed.warm_up:
+                    healing["warm_up_tokens"] = healed.warm_up.tokens
+        except Diverged as error:
+            done, healing = error.training, {"diverged": str(error)}
+        trained = self._trained(cell, done)
+        record = {**self._score(cell, model), **trained, **healing, "changed": _summary(report)}
+        return model, record
+
+    def _teacher(self, cell: Cell) -> torch.nn.Module | None:
+        wanted = "teacher" in recipes.RECIPES[cell.recipe].needs
+        return self._intact_network(cell) if wanted else None
+
     def _is_probed(self, cell: Cell) -> bool:
         """Whether 04_linguistics looks inside this corrupted model."""
         levels = {parse_level(level) for level in self.parameters["probe_levels"]}
-        return cell.task in self.healed_tasks and cell.kind == "reinit" and cell.level in levels
+        probed = cell.task in self.healed_tasks and cell.kind == "reinit" and cell.plain
+        return probed and cell.level in levels and cell.side in ("bottom", "top", "all", "custom")
 
     @property
     def healed_tasks(self) -> list[str]:
@@ -518,17 +634,28 @@ class Study:
         return self._train_and_score(cell, self._load(cell, scratch=True), on_step)
 
     def _corrupt(self, cell: Cell, model: torch.nn.Module) -> CorruptionReport:
-        return corrupt(model, kind=cell.kind, seed=cell.seed, layers=list(cell.layers))
+        scattered = {"side": cell.side, "level": cell.level} if cell.side == "scattered" else None
+        where = scattered or {"layers": list(cell.layers) or None}
+        return corrupt(
+            model, kind=cell.kind, seed=cell.seed, part=cell.part, strength=cell.strength, **where
+        )
 
 
 def _summary(report: CorruptionReport) -> dict[str, Any]:
     """What a record keeps of a report: how much changed, and the change by tensor role."""
     by_role = report.to_frame().groupby("role")["relative_change"].mean()
-    return {
+    summary = {
         "tensors": len(report.tensors),
         "values": report.elements,
-        "relative_change": {role: round(float(v), 5) for role, v in sorted(by_role.items())},
+        "relative_change": {
+            role: round(float(v), 5) for role, v in sorted(by_role.items()) if math.isfinite(v)
+        },
     }
+    if report.not_finite:
+        summary["not_finite"] = report.not_finite
+    if report.cannot_heal:
+        summary["cannot_heal"] = True
+    return summary
 
 
 COMPUTE: dict[str, Callable[[Study, Cell, Callable[..., None]], dict[str, Any]]] = {

@@ -7,6 +7,7 @@ What makes it faster than a general trainer, none of it changing the gradients:
   random numbers are drawn faster, and the word-embedding table holds only the rows that the task's
   ids use (`shortcuts`);
 - AdamW and gradient clipping run fused, over all parameters in one call;
+- a CPU's memory is kept from step to step, and bfloat16 weights are cast once a step (`shortcuts`);
 - mixed precision where the device computes it natively.
 """
 
@@ -27,7 +28,13 @@ from torch.nn import functional as F
 
 from healing_utils.errors import HealingError, choose
 from healing_utils.progress import Progress
-from healing_utils.shortcuts import cut_embeddings, first_token_layers, quick_dropout
+from healing_utils.shortcuts import (
+    LowWeights,
+    cut_embeddings,
+    first_token_layers,
+    keep_freed_memory,
+    quick_dropout,
+)
 
 BUCKET = 50  # batches sorted by length together; larger pads less and shuffles less
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -263,6 +270,14 @@ class Training:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+class Diverged(HealingError):
+    """The loss is no longer finite. `training` is what was done until then."""
+
+    def __init__(self, message: str, training: Training):
+        super().__init__(message)
+        self.training = training
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
@@ -301,7 +316,7 @@ def fine_tune(
     a batch and its rows of `train`, it gives the sum over the examples. The same seed on the same
     machine with the same number of threads gives the same weights, bit for bit, on a CPU.
 
-    Raises HealingError on settings out of range and when the loss is no longer finite.
+    Raises HealingError on settings out of range, and Diverged when the loss is no longer finite.
     """
     for name, value, low in [
         ("epochs", epochs, 0), ("batch_size", batch_size, 0), ("learning_rate", learning_rate, 0),
@@ -317,6 +332,8 @@ def fine_tune(
     device = pick_device(device)
     precision = pick_precision(precision, device)
     model.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     regression = _is_regression(model)
     lengths = train.lengths
     per_epoch = math.ceil(len(train) / batch_size)
@@ -347,6 +364,7 @@ def fine_tune(
                     loss = objective(batch, part)
             loss = loss / len(rows)
             scaler.scale(loss).backward()
+            low.collect()
             total += loss.detach()
         return total
 
@@ -367,12 +385,16 @@ def fine_tune(
         cut_embeddings(model, train, *others)
         if objective is None
         else contextlib.nullcontext({"decay": 1.0}) as cut,
+        contextlib.ExitStack() as resources,
     ):
         parameters = [p for p in model.parameters() if p.requires_grad]
         table = model.get_input_embeddings().weight
         groups = _parameter_groups(model, weight_decay, rates or {})
         table_rate = next((g["factor"] for g in groups for p in g["params"] if p is table), 1.0)
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        # An objective of its own may compute with the weights themselves.
+        halved = precision == "bfloat16" and objective is None
+        low = resources.enter_context(LowWeights(model, torch.bfloat16 if halved else None))
         batches: list[np.ndarray] = []
         done.shortcut = layers
         model.train()
@@ -394,6 +416,7 @@ def fine_tune(
                 # Outside of the except block, whose error holds on to the memory.
                 max_tokens //= 2  # same batch, same gradient, in smaller parts
                 optimizer.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)  # those that `low` has not collected
                 _restore_random_state(random_state, device)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -405,6 +428,7 @@ def fine_tune(
                 optimizer.grad_scale = _clip_divisor(parameters, max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
+            low.refresh()
             if scaler.get_scale() < before:  # float16 overflowed: the optimizer did not step
                 done.skipped_steps += 1
             else:
@@ -417,10 +441,14 @@ def fine_tune(
                     first = step
                     while first and not math.isfinite(losses[first - 1].item()):
                         first -= 1
-                    raise HealingError(
+                    done.steps = step + 1
+                    done.losses = torch.stack(losses[:first]).tolist() if first else []
+                    model.eval()
+                    raise Diverged(
                         f"the loss is {losses[first].item()} at step {first + 1} of {steps} "
                         f"(learning rate {learning_rate}, precision {precision}): "
-                        "the model cannot be trained so"
+                        "the model cannot be trained so",
+                        done,
                     )
                 if on_step:
                     on_step(step + 1, steps, latest)
@@ -428,7 +456,9 @@ def fine_tune(
                     bar.update(step + 1 - bar.done, note=f"loss {latest:.3f}")
             if validation is not None and step + 1 in evaluate_at:
                 done.seconds += time.perf_counter() - start
-                done.curve.append({"step": step + 1, **evaluate(model, validation, device=device)})
+                with low.away():
+                    scores = evaluate(model, validation, device=device)
+                done.curve.append({"step": step + 1, **scores})
                 model.train()
                 start = time.perf_counter()
         done.seconds += time.perf_counter() - start

@@ -40,8 +40,11 @@ def test_papermill_sees_the_parameters_that_python_sees(path):
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_notebook_by_itself_is_the_quick_run(path):
     # What the profile leaves out has the same default in the notebook as in the package.
-    own = read_parameters(notebooks.declared_parameters(path))
-    assert own == read_parameters(runner.read_profile("quick")[1])
+    declared = notebooks.declared_parameters(path)
+    quick = runner.read_profile("quick")[1]
+    if "scans" not in declared:  # the package has none: they belong to 02 and 03
+        quick.pop("scans")
+    assert read_parameters(declared) == read_parameters(quick)
 
 
 def test_every_parameter_of_a_profile_reaches_a_notebook():

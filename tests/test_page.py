@@ -110,7 +110,7 @@ def test_verdicts_are_told_in_words_with_their_numbers(run):
         assert f"{name} {expected.statement}." in text and expected.definition in text
         assert f"{100 * expected.effect:+.1f}" in text
         assert f"[{100 * expected.low:.1f}, {100 * expected.high:.1f}]" in text
-        assert "smallest 0.0156" in text and "2 tasks x 3 seeds" in text
+        assert "at best 0.0156" in text and "2 tasks x 3 seeds" in text
         assert row.find(class_="verdict").get_text() == "✓ holds"
         assert expected.reason in text
     header = words(soup(run).find(id="verdicts").tbody.tr)

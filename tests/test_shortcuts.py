@@ -7,13 +7,14 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, tiny_config
 from helpers import random_examples
-from test_training import QUIET, classifier, largest_difference, weights
+from test_training import QUIET, classifier, identical, largest_difference, weights
+from transformers import BertForMaskedLM
 
 from healing_utils import shortcuts, training
 from healing_utils.encoders import encoder_layers
-from healing_utils.shortcuts import dropout, first_token_layers, quick_dropout
+from healing_utils.shortcuts import LowWeights, dropout, first_token_layers, quick_dropout
 from healing_utils.training import collate, fine_tune
 
 SHORTENED = {"bert", "roberta", "electra", "distilbert"}
@@ -236,3 +237,98 @@ def test_frozen_encoders_and_failures_leave_the_model_as_it_was():
     with pytest.raises(KeyError), first_token_layers(model, batch()), quick_dropout(model):
         raise KeyError
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+def gradients(model: torch.nn.Module, names: dict, mixed: bool = True) -> dict[str, torch.Tensor]:
+    """Gradients of the float32 parameters `names`, of a loss on one padded batch; then cleared."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        logits = model(**batch()).logits
+    logits.float().square().sum().backward()
+    return {n: p.grad.clone() for n, p in names.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+def test_low_weights_get_the_gradients_that_autocast_gives(family):
+    """The same products of the same bfloat16 values: equal to the last bit."""
+    model = classifier(family)
+    names = dict(model.named_parameters())
+    wanted = gradients(model, names)
+    model.zero_grad()
+    with LowWeights(model, torch.bfloat16) as low:
+        assert len(low.low) > 12 and {p.dtype for p in low.low.values()} == {torch.bfloat16}
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch()).logits
+        logits.float().square().sum().backward()
+        low.collect()
+    got = {n: p.grad for n, p in names.items() if p.grad is not None}
+    assert identical(got, wanted)
+
+
+@pytest.mark.parametrize("family", sorted(SHORTENED))
+def test_bfloat16_gradients_are_those_of_float32_up_to_rounding(family):
+    """bfloat16 keeps 8 bits, so a value is rounded by up to 1/256 of itself; a few dozen roundings
+    in turn, of random sign, are some hundredths of a gradient's size."""
+    model = classifier(family)
+    names = dict(model.named_parameters())
+    wanted = gradients(model, names, mixed=False)
+    model.zero_grad()
+    with first_token_layers(model, batch(seed=1)), LowWeights(model, torch.bfloat16) as low:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch()).logits
+        logits.float().square().sum().backward()
+        low.collect()
+    for name, want in wanted.items():
+        # The key's bias has no gradient but rounding's: softmax drops what it adds.
+        if want.norm() > 1e-4:
+            assert (names[name].grad - want).norm() < 0.05 * want.norm(), name
+
+
+def test_low_weights_add_up_in_float32_follow_the_optimizer_and_go():
+    model = classifier()
+    names, before = dict(model.named_parameters()), weights(model)
+    place = model.bert.pooler.dense
+    full = place.weight
+    with pytest.raises(KeyError), LowWeights(model, torch.bfloat16) as low:
+        for part in (1.0, 2.0**-10):  # their sum needs 11 bits
+            place.weight.grad = torch.full_like(place.weight, part)
+            low.collect()
+        assert torch.equal(full.grad, torch.full_like(full, 1 + 2.0**-10))
+        with torch.no_grad():
+            full.add_(1)
+        low.refresh()
+        assert torch.equal(place.weight, full.bfloat16())
+        with low.away():
+            assert place.weight is full
+        assert place.weight is not full
+        raise KeyError
+    assert dict(model.named_parameters()).keys() == names.keys()
+    assert all(p is names[name] for name, p in model.named_parameters())
+    full.data.sub_(1)
+    assert largest_difference(weights(model), before) < 1e-6
+
+
+def test_tied_and_frozen_weights_stay_and_float32_takes_none():
+    tied = BertForMaskedLM(tiny_config("bert"))
+    table = tied.get_input_embeddings().weight
+    frozen = tied.bert.encoder.layer[0].intermediate.dense.weight.requires_grad_(False)
+    low = LowWeights(tied, torch.bfloat16)
+    assert low.low and table not in low.low and frozen not in low.low
+    assert not LowWeights(tied, None).low
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_trains_in_bfloat16_in_parts_and_scored_in_between(family):
+    pad = (
+        (5, 0, "left") if family == "xlnet" else (tiny_config(family).pad_token_id or 0, 0, "right")
+    )
+    data = random_examples(16, pad=pad)
+    settings = dict(epochs=2, batch_size=8, max_tokens=40, precision="bfloat16", **QUIET)
+    plain, scored = classifier(family), classifier(family)
+    fine_tune(plain, data, **settings)
+    done = fine_tune(scored, data, data, **settings)
+    assert len(done.curve) == 4 and {p.dtype for p in scored.parameters()} == {torch.float32}
+    assert identical(weights(plain), weights(scored))
+    assert not identical(weights(plain), weights(classifier(family)))

@@ -129,7 +129,7 @@ def test_plans_name_their_cells(finished):
     for stage in STAGES:
         written = json.loads((planned.run_folder / "plans" / f"{stage}.json").read_text())
         cells = [
-            {"key": cell.key, "name": cell.name, "cell": cell.columns()}
+            {"key": cell.key, "name": cell.name, "stage": cell.stage, "cell": cell.columns()}
             for cell in planned.plan(stage)
         ]
         assert written == {"stage": stage, "cells": cells}
@@ -339,7 +339,7 @@ def test_healed_is_the_pretrained_model_corrupted_then_trained(finished, folder)
     cell = planned.plan("recovery")[0]
     model = models.load_classifier(str(folder / "model"), 2, cell.seed)
     corrupt(model, kind=cell.kind, seed=cell.seed, layers=list(cell.layers))
-    examples = planned.examples(cell.model, cell.task, cell.seed)
+    examples = planned.examples(cell)
     recipe = {n: planned.parameters[n] for n in study.RECIPE if n != "max_length"}
     done = study.fine_tune(
         model, examples.train, examples.validation, seed=cell.seed, device="cpu", progress=False,

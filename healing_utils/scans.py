@@ -1,0 +1,106 @@
+"""Scans: cells beside the main grid, each scan a small grid of its own.
+
+The parameter `scans` names them; the fields of one are `parameters.SCAN`, its cells the product of
+their values. What is trained makes the stage `scans`; what is scored broken, the untrained partners
+of what is healed included, makes the stage `harms`. A cell that the main grid or another scan has
+too is the same cell, computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from healing_utils import models
+from healing_utils.encoders import OUTER_PARTS, parse_level, resolve_layers
+from healing_utils.errors import HealingError
+from healing_utils.parameters import SCAN
+from healing_utils.study import Cell
+
+if TYPE_CHECKING:
+    from healing_utils.study import Study
+
+BUDGET = ("train_size", "epochs", "learning_rate", "evaluations")
+TRAINED = ("healed", "intact", "scratch")
+
+
+@dataclass(frozen=True)
+class ScanCell(Cell):
+    """A cell as one scan names it."""
+
+    scan: str
+
+    def columns(self) -> dict[str, Any]:
+        return {"scan": self.scan, **super().columns()}
+
+
+def plan(study: Study, stage: str) -> list[ScanCell]:
+    """The cells of `harms` (broken) or `scans` (trained), scan by scan, none twice in a scan."""
+    cells: dict[tuple[str, str, str], ScanCell] = {}
+    for name, given in study.parameters["scans"].items():
+        try:
+            for cell in _cells(study, given):
+                if (cell.state == "broken") == (stage == "harms"):
+                    found = {f.name: getattr(cell, f.name) for f in fields(Cell)}
+                    named = ScanCell(**found, scan=name)
+                    cells.setdefault((name, cell.key, cell.side), named)
+        except HealingError as error:
+            raise HealingError(f"scan {name!r}: {error}") from error
+    return list(cells.values())
+
+
+def _cells(study: Study, given: dict[str, Any]) -> Iterator[Cell]:
+    p = study.parameters
+    scan = {field: given.get(field, parameter.default) for field, parameter in SCAN.items()}
+    for field in ("task", "seeds", "sides", "evaluations", "train_size", "epochs", "learning_rate"):
+        if scan[field] is None:
+            usual = p[field]
+            scan[field] = usual if isinstance(usual, list) else [usual]
+    strangers = [task for task in scan["task"] if task not in p["task"]]
+    if strangers:
+        raise HealingError(
+            f"task {strangers[0]!r} is not among the study's: {', '.join(p['task'])}"
+        )
+    states = list(scan["state"])
+    if "healed" in states and scan["broken"] and "broken" not in states:
+        states.append("broken")
+    budgets = [dict(zip(BUDGET, v, strict=True)) for v in product(*(scan[b] for b in BUDGET))]
+    for model, task, seed, state in product(p["model"], scan["task"], scan["seeds"], states):
+        if state in ("intact", "scratch"):
+            n_layers = models.load_config(model, p["model_revision"]).num_hidden_layers
+            where = ("all", 1.0, "scratch", tuple(range(n_layers))) if state == "scratch" else ()
+            for budget in budgets:
+                yield study.cell(state, model, task, seed, *where, **budget)
+            continue
+        for part, kind in product(scan["part"], scan["kind"]):
+            for side, level, layers in _places(study, model, scan, part, seed):
+                where = (side, level, kind, layers)
+                if state == "broken":
+                    yield study.cell(state, model, task, seed, *where, part=part)
+                    continue
+                for start, recipe in product(scan["start"], scan["recipe"]):
+                    how = {"part": part, "start": start, "recipe": recipe}
+                    for budget in budgets:
+                        yield study.cell(state, model, task, seed, *where, **how, **budget)
+
+
+def _places(
+    study: Study, model: str, scan: dict[str, Any], part: str, seed: int
+) -> list[tuple[str, float, tuple[int, ...]]]:
+    """Side, level and resolved layers of what a scan corrupts; `random` differs by seed."""
+    n_layers = models.load_config(model, study.parameters["model_revision"]).num_hidden_layers
+    if part in OUTER_PARTS:
+        return [("none", 0.0, ())]
+    if scan["layers"] is not None:
+        sets = [[i] for i in range(n_layers)] if scan["layers"] == "each" else scan["layers"]
+        chosen = [resolve_layers(n_layers, layers=layers) for layers in sets]
+        return [("custom", len(layers) / n_layers, layers) for layers in chosen]
+    found = {}
+    for level, side in product(scan["levels"], scan["sides"]):
+        layers = resolve_layers(n_layers, side, level, None, seed)
+        full = len(layers) == n_layers and side != "scattered"
+        place = ("all", 1.0, layers) if full else (side, parse_level(level), layers)
+        found.setdefault(place, place)
+    return list(found)
