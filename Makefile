@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test lab report lock badges bench bench-probing colab-check lint clean
+.PHONY: help study test test-cluster lab report lock badges bench bench-probing colab-check lint clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -39,6 +39,14 @@ test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k nam
 	HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet $(BIN)/python -m pytest --nbval-lax \
 	  --nbval-current-env --nbval-cell-timeout=600 $(ARGS)
 
+# Ray is large and few need it: it is installed when this is first asked for.
+$(VENV)/.cluster: $(READY) requirements-cluster.lock
+	@$(PIP) install --constraint requirements.lock -r requirements-cluster.lock | $(NAMES)
+	@touch $@
+
+test-cluster: $(VENV)/.cluster  ## Run the tests on a Ray cluster of two nodes, all on this machine
+	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest tests/test_cluster.py $(ARGS)
+
 lab: $(READY)  ## Open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
 
@@ -64,7 +72,7 @@ lint: $(READY)  ## Check the style of modules and notebooks
 # The newest versions that pyproject.toml allows, except torch: a change of torch is a download of
 # gigabytes and a change of numerics, so it is made on purpose, make lock TORCH=x.y.z.
 TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock)
-lock:  ## Make requirements.lock again from the ranges in pyproject.toml (Python 3.11)
+lock:  ## Make the locks again from the ranges in pyproject.toml (Python 3.11)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "the lock is made with Python 3.11: make lock PYTHON=python3.11" >&2; exit 1; }
 	@work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
@@ -72,11 +80,14 @@ lock:  ## Make requirements.lock again from the ranges in pyproject.toml (Python
 	pip="$$work/venv/bin/python -m pip --disable-pip-version-check"; \
 	echo "torch==$(TORCH)" > "$$work/torch"; \
 	$$pip install --constraint "$$work/torch" --editable ".[lab,test,bench]" | $(NAMES); \
-	$$pip freeze --all --exclude-editable \
+	pins() { $$pip freeze --all --exclude-editable \
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' \
-	  | { grep -viE '^(pip|wheel|triton|nvidia-[^=]*|cuda-[^=]*)==' || true; } \
-	  | sort -f > "$$work/lock"; \
-	cp "$$work/lock" requirements.lock; wc -l requirements.lock
+	  | { grep -viE '^(pip|wheel|triton|nvidia-[^=]*|cuda-[^=]*)==' || true; } | sort -f; }; \
+	pins > "$$work/lock"; \
+	$$pip install --constraint "$$work/lock" --editable ".[cluster]" | $(NAMES); \
+	pins | { grep -vxFf "$$work/lock" || true; } > "$$work/cluster"; \
+	cp "$$work/lock" requirements.lock; cp "$$work/cluster" requirements-cluster.lock; \
+	wc -l requirements.lock requirements-cluster.lock
 
 clean:  ## Remove the environment and all caches; runs under data/runs stay
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

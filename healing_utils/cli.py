@@ -1,8 +1,9 @@
-"""The command line: ``healing run``, ``healing status``, ``healing report``."""
+"""The command line: ``healing plan``, ``run``, ``status`` and ``report``."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -32,6 +33,23 @@ def parse_value(text: str) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str | list) else text
 
 
+def _add_profile(command: argparse.ArgumentParser) -> None:
+    """The arguments that say which study is meant."""
+    command.add_argument("profile", metavar="PROFILE", help="quick, minilm, paper, or a YAML file")
+    command.add_argument(
+        "--out", metavar="DIR", help="the run's folder (default data/runs/PROFILE)"
+    )
+    command.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a parameter, as in -p model bert-base-uncased -p levels [1/6,1/2]",
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of all commands."""
     top = argparse.ArgumentParser(prog="healing", description="Break a language model, heal it.")
@@ -41,16 +59,30 @@ def parser() -> argparse.ArgumentParser:
         help="run the notebooks of a profile; the same command goes on after a stop",
         description="Run the notebooks of a profile in sequence. What is done is never done twice.",
     )
-    run.add_argument("profile", metavar="PROFILE", help="quick, minilm, paper, or a YAML file")
-    run.add_argument("--out", metavar="DIR", help="the run's folder (default data/runs/PROFILE)")
+    plan = commands.add_parser(
+        "plan",
+        help="show what a profile takes: cells, tokens, operations, disk and time",
+        description="Show, stage by stage, what a profile takes on this machine: cells that are "
+        "planned, done and left, tokens, operations, disk, and the time by a short trial of the "
+        "real loop. Nothing is run. The estimate is kept in the run's folder, and `healing run` "
+        "says in the end how far off it was.",
+    )
+    for command in (run, plan):
+        _add_profile(command)
     run.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a parameter, as in -p model bert-base-uncased -p levels [1/6,1/2]",
+        "--executor",
+        metavar="NAME",
+        help="where cells are computed: in-process, workers (default: processes here), ray",
+    )
+    run.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="the Ray cluster's; run this on one of its nodes (default: Ray's own rules)",
+    )
+    run.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="compute only the I-th of N shares of the cells, no tables: see the README on scale",
     )
     for name, text in (
         ("status", "show done, running and missing cells, also while it runs"),
@@ -65,7 +97,14 @@ def _run(arguments: argparse.Namespace) -> int:
     # A cluster's or a container's polite stop is treated as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
+    from healing_utils import executors
+
+    os.environ |= executors.choice(arguments.executor, arguments.address, arguments.shard)
+    executors.chosen()  # refused now, not in the first notebook
     try:
+        if executors.shard().count > 1:
+            print(runner.run_shard(arguments.profile, arguments.out, overrides))
+            return 0
         page = runner.run(arguments.profile, arguments.out, overrides)
     except runner.NotebookFailed as error:
         print(error, file=sys.stderr)
@@ -74,6 +113,22 @@ def _run(arguments: argparse.Namespace) -> int:
         print("\nStopped. Everything finished is kept; the same command goes on.", file=sys.stderr)
         return 130
     print(page)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
+    name, target, parameters = runner.settle(arguments.profile, arguments.out, overrides)
+    from healing_utils import plan
+    from healing_utils.parameters import read_parameters
+    from healing_utils.study import Study
+
+    if (target / "parameters.json").exists():  # of another study: refused, as by `run`
+        runner.keep_parameters(target, parameters, read_parameters)
+    found = plan.make(Study(parameters))
+    print(plan.describe(found, f"Plan of profile {name} in {target}"))
+    kept = plan.keep(found, target)
+    print(f"estimate kept in {kept}" if kept else "everything is done")
     return 0
 
 
@@ -90,6 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "run":
             return _run(given)
+        if given.command == "plan":
+            with contextlib.suppress(KeyboardInterrupt):
+                return _plan(given)
+            return 130
         target = runner.find_run(given.dir)
         if given.command == "report":
             return _report(target)

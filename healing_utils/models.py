@@ -15,9 +15,15 @@ import torch
 from healing_utils import organism
 from healing_utils.errors import HealingError
 
+# Where models lie on this machine, by the names that the study gives them, if that is elsewhere: on
+# a cluster's workers. Whoever changes it calls `forget`.
+FOLDERS: dict[str, str] = {}
+
 
 def resolve(model: str) -> str:
     """The name or folder that transformers loads: ``organism`` is the shipped one."""
+    if model in FOLDERS:
+        return FOLDERS[model]
     return str(organism.folder()) if model == "organism" else model
 
 

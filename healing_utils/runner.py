@@ -41,8 +41,10 @@ STAGES_OF = {
     "recovery": ("recovery", "scans"),
     "linguistics": ("probing", "neurons"),
 }
+BESIDE = {"linguistics": ("networks",)}  # and what else is computed for it, planned by no stage
 STAGES = [stage for stages in STAGES_OF.values() for stage in stages]
 NOT_COMPARED = ("run", "device")  # where a run lies and what it runs on do not make it another run
+ESTIMATE = "estimate.json"  # in the run's folder, where `healing plan` was asked
 DISK_WANTED = 2e9  # bytes free; the weights of the intact models are the largest part of a run
 KERNEL_STARTS = 3  # tries: two kernels that start at once can pick the same port
 SPEAK_EVERY = 60.0  # seconds between lines about a cell that takes long
@@ -149,6 +151,25 @@ def keep_parameters(run: Path, parameters: Mapping[str, Any], check: Callable) -
     write_atomically(path, json.dumps(wanted, indent=2) + "\n")
 
 
+def settle(
+    profile: str | Path,
+    out: str | Path | None = None,
+    overrides: Iterable[tuple[str, Any]] = (),
+    folder: Path | None = None,
+    check: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+) -> tuple[str, Path, dict[str, Any]]:
+    """A profile's name, the folder of its run, and its parameters with `overrides` on top, checked.
+
+    Raises HealingError for a wrong name or value.
+    """
+    if check is None:
+        from healing_utils.parameters import read_parameters as check
+    name, given = read_profile(profile, folder)
+    given |= dict(overrides)
+    target = Path(out).absolute() if out else run_folder(given.get("run", f"data/runs/{name}"))
+    return name, target, check({**given, "run": str(target)})
+
+
 def run(
     profile: str | Path,
     out: str | Path | None = None,
@@ -171,33 +192,89 @@ def run(
     notebook does not reach its end, KeyboardInterrupt if it is stopped.
     """
     folder = Path(notebooks or default_notebooks())
-    if check is None:
-        from healing_utils.parameters import read_parameters as check
-    name, given = read_profile(profile, folder)
-    given |= dict(overrides)
-    target = Path(out).absolute() if out else run_folder(given.get("run", f"data/runs/{name}"))
-    parameters = check({**given, "run": str(target)})
-    chosen = sequence(folder, stages, parameters)
-    declared = {path: notebook_files.declared_parameters(path) for path in chosen}
-    _make_folder(target)
-    keep_parameters(target, parameters, check)
-
+    name, target, chosen = _prepare(profile, out, overrides, stages, folder, check)
     say = _Speaker()
     say(f"Run of profile {name} in {target}")
     free = shutil.disk_usage(target).free
     if free < DISK_WANTED:
         say(f"Warning: only {free / 1e9:.1f} GB are free there, {DISK_WANTED / 1e9:.0f} are wanted")
     start = time.monotonic()
-    for number, path in enumerate(chosen, 1):
+    for number, (path, passed) in enumerate(chosen.items(), 1):
         say(f"[{number}/{len(chosen)}] {path.stem}")
-        passed = {
-            k: v for k, v in json.loads(json.dumps(parameters)).items() if k in declared[path]
-        }
         _run_notebook(path, target, passed, say, cell_timeout)
     say(f"All {len(chosen)} notebooks done in {duration(time.monotonic() - start)}")
+    if (target / ESTIMATE).exists():
+        from healing_utils.plan import compare
+
+        for line in compare(target):
+            say(line)
     if write_page is None:
         from healing_utils.page import write_page
     return Path(write_page(target))
+
+
+def run_shard(
+    profile: str | Path,
+    out: str | Path | None = None,
+    overrides: Iterable[tuple[str, Any]] = (),
+    *,
+    notebooks: Path | None = None,
+) -> str:
+    """Compute the cells of all stages of a profile that are this shard's; return what was done.
+
+    No notebook is run: tables, figures and page need the cells of all shards. Arguments as of
+    `run`. Raises HealingError where input is wrong or cells failed, after all others are done.
+    """
+    from healing_utils import executors
+    from healing_utils.study import Study
+
+    folder, share = Path(notebooks or default_notebooks()), executors.shard()
+    name, target, chosen = _prepare(profile, out, overrides, None, folder, None)
+    say = _Speaker()
+    say(f"Shard {share} of profile {name} in {target}")
+    cells, failures = {}, []
+    for path, passed in chosen.items():
+        subject = path.stem[3:]
+        for stage in (*BESIDE.get(subject, ()), *STAGES_OF.get(subject, ())):
+            say(stage)
+            try:
+                # As in its notebook: a parameter that is not declared there has its default.
+                found = Study(passed).compute(stage, plan=stage in STAGES)
+                cells |= {cell.key: cell for cell in found}
+            except HealingError as error:
+                failures.append(str(error))
+    if failures:
+        raise HealingError(" ".join(failures))
+    mine = sum(map(share.has, cells.values()))
+    return (
+        f"Shard {share}: its {mine} of {len(cells)} cells are done, in {target / 'records'}\n"
+        "Tables, figures and page need the cells of all shards: copy their records folders "
+        "together,\nthen give the same command without a shard."
+    )
+
+
+def _prepare(
+    profile: str | Path,
+    out: str | Path | None,
+    overrides: Iterable[tuple[str, Any]],
+    stages: Iterable[str] | None,
+    folder: Path,
+    check: Callable[[Mapping[str, Any]], dict[str, Any]] | None,
+) -> tuple[str, Path, dict[Path, dict[str, Any]]]:
+    """Check everything, then make the run's folder; the profile's name, that folder, and the
+    notebooks in order, each with the parameters that it is given."""
+    if check is None:
+        from healing_utils.parameters import read_parameters as check
+    name, target, parameters = settle(profile, out, overrides, folder, check)
+    chosen = sequence(folder, stages, parameters)
+    declared = {path: notebook_files.declared_parameters(path) for path in chosen}
+    _make_folder(target)
+    keep_parameters(target, parameters, check)
+    plain = json.loads(json.dumps(parameters))
+    passed = {
+        path: {k: v for k, v in plain.items() if k in there} for path, there in declared.items()
+    }
+    return name, target, passed
 
 
 def _make_folder(target: Path) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from healing_utils import models, recipes, tasks
+from healing_utils import executors, models, recipes, tasks
 from healing_utils.corruption import CorruptionReport, corrupt, parse_kind, spell_kind
 from healing_utils.encoders import OUTER_PARTS, parse_level, resolve_layers
 from healing_utils.errors import HealingError, choose
@@ -43,7 +43,6 @@ from healing_utils.training import (
     majority_scores,
     pick_device,
 )  # fmt: skip
-from healing_utils.workers import helping
 
 if TYPE_CHECKING:
     import pandas
@@ -344,9 +343,19 @@ class Study:
 
         Cells that another run on the same folder is computing are waited for. A cell that fails
         does not stop the others; all failures are raised together at the end, what is done is kept.
-        With the parameter `workers` above 1, further processes share the work. `plan` makes these
-        cells the stage's cells in this folder; without it they are computed beside them.
+        Where they are computed, and which share of them, is told by `executors`. `plan` makes these
+        cells the stage's cells in this folder; without it they are computed beside them. Raises
+        HealingError where a cell failed, or is left to another shard.
         """
+        cells = self.compute(stage, plan)
+        return self.table(stage, cells)
+
+    def compute(self, stage: str, plan: bool = True) -> list[Cell]:
+        """Compute the stage's missing cells, of a shard its share, as `run` does, without a table.
+
+        Returns all cells of the stage.
+        """
+        executor, shard = executors.chosen(), executors.shard()
         cells = self.plan(stage)
         if plan:
             planned = [
@@ -359,34 +368,19 @@ class Study:
         self.store.sweep()
         failures: list[tuple[Cell, BaseException]] = []
         todo = [cell for cell in cells if self.store.read(cell.stage, cell.key) is None]
-        # A worker takes seconds to start: it pays from a few cells on.
-        workers = min(self.parameters["workers"] - 1, len(todo) // 3)
+        mine = [cell for cell in todo if shard.has(cell)]
         with (
-            helping(self.parameters, stage, workers),
             Progress(len(cells), stage, unit="cell") as bar,
+            # Closed at once where this is interrupted, so that no worker goes on.
+            contextlib.closing(
+                executor.outcomes(self, stage, mine, lambda note: bar.update(0, note=note))
+            ) as outcomes,
         ):
             bar.update(len(cells) - len(todo), note=f"{len(cells) - len(todo)} found finished")
-            while todo:
-                waiting = []
-                for cell in todo:
-                    bar.update(0, note=cell.name)
-                    try:
-
-                        def on_step(step: int, steps: int, loss: float, name: str = cell.name):
-                            bar.update(0, note=f"{name}: step {step}/{steps}, loss {loss:.3f}")
-
-                        done = self._compute(cell, on_step)
-                    except Exception as error:
-                        failures.append((cell, error))
-                        done = True
-                    if done:
-                        bar.update(1)
-                    else:
-                        waiting.append(cell)
-                if waiting and len(waiting) == len(todo):
-                    bar.update(0, note=f"waiting for another run: {waiting[0].name}")
-                    time.sleep(1)
-                todo = waiting
+            for cell, error in outcomes:
+                if error is not None:
+                    failures.append((cell, error))
+                bar.update(1)
         if failures:
             for cell, error in failures:
                 print(f"--- {cell.name} ---", file=sys.stderr)
@@ -396,7 +390,7 @@ class Study:
                 f"{len(failures)} of {len(cells)} cells of {stage} failed; the others are kept. "
                 f"First: {cell.name}: {error}"
             )
-        return self.table(stage, cells)
+        return cells
 
     def help(self, stage: str, stop: Callable[[], bool]) -> None:
         """Compute cells of a stage for another process, from the last one on, until `stop()`.
@@ -408,7 +402,7 @@ class Study:
             if stop():
                 sys.exit()
 
-        for cell in reversed(self.plan(stage)):
+        for cell in filter(executors.shard().has, reversed(self.plan(stage))):
             on_step()
             with contextlib.suppress(Exception):
                 if self.store.read(cell.stage, cell.key) is None:
@@ -421,6 +415,12 @@ class Study:
         found = []
         for cell in cells or self.plan(stage):
             record = self.store.read(cell.stage, cell.key)
+            if record is None and not executors.shard().has(cell):
+                raise HealingError(
+                    f"shard {executors.shard()} of stage {stage} is computed; its table needs all "
+                    f"shards: copy their records into {self.store.run / 'records'} and run without "
+                    "a shard"
+                )
             if record is None:
                 raise HealingError(
                     f"stage {cell.stage} lacks the cell {cell.name}: run that stage first "
@@ -438,20 +438,25 @@ class Study:
                 return self.store.read(cell.stage, cell.key) is not None
             if self.store.read(cell.stage, cell.key) is not None:
                 return True
-            start = time.perf_counter()
-            result = self._work(cell)(self, cell, on_step)
-            record = {
-                "cell": cell.columns(),
-                "determinants": json.loads(cell.determinants),
-                "result": result,
-                "made": self.provenance(),
-                "times": {
-                    "seconds": round(time.perf_counter() - start, 3),
-                    "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                },
-            }
-            self.store.write(cell.stage, cell.key, record)
+            self.write(cell, self.result(cell, on_step))
             return True
+
+    def result(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
+        """Compute a cell: the part of its record that says what came out, where and when."""
+        start = time.perf_counter()
+        return {
+            "result": self._work(cell)(self, cell, on_step),
+            "made": self.provenance(),
+            "times": {
+                "seconds": round(time.perf_counter() - start, 3),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+        }
+
+    def write(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Record what `result` gave, here or on another machine."""
+        heading = {"cell": cell.columns(), "determinants": json.loads(cell.determinants)}
+        self.store.write(cell.stage, cell.key, heading | result)
 
     @staticmethod
     def _work(cell: Cell) -> Callable[[Study, Cell, Callable[..., None]], dict[str, Any]]:

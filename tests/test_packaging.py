@@ -22,6 +22,7 @@ import healing_utils
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 LOCK = (ROOT / "requirements.lock").read_text("utf-8").splitlines()
+CLUSTER_LOCK = (ROOT / "requirements-cluster.lock").read_text("utf-8").splitlines()
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 DECLARED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 ALL = DECLARED + [Requirement(text) for extra in EXTRAS.values() for text in extra]
@@ -41,13 +42,15 @@ BROUGHT = {
 
 
 def pins():
-    return {canonicalize_name(name): version for name, version in (p.split("==") for p in LOCK)}
+    lines = (line.split("==") for line in LOCK + CLUSTER_LOCK)
+    return {canonicalize_name(name): version for name, version in lines}
 
 
-def test_the_lock_holds_exact_versions_and_nothing_else():
-    for line in LOCK:
+def test_the_locks_hold_exact_versions_and_nothing_else():
+    for line in LOCK + CLUSTER_LOCK:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line), line
-    assert len(pins()) == len(LOCK), "a package is pinned twice"
+    assert len(pins()) == len(LOCK + CLUSTER_LOCK), "a package is pinned twice"
+    assert not any(line.startswith("ray==") for line in LOCK), "all would install it, few need it"
     foreign = [name for name in pins() if re.match(r"nvidia-|cuda-|triton$|pip$|healing", name)]
     assert not foreign, "these depend on the machine that made the lock"
 
@@ -90,6 +93,7 @@ def imported_modules():
 
 def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
     declared = {MODULES.get(r.name, r.name) for r in DECLARED if r.name not in NOT_IMPORTED}
+    declared |= {Requirement(text).name for text in EXTRAS["cluster"]}  # where it is asked for
     assert imported_modules() - set(BROUGHT) == declared
     for by, name in BROUGHT.values():
         needed = [Requirement(text) for text in requires(by)]
@@ -176,6 +180,11 @@ def test_continuous_integration_is_make_test():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert script.read_text("utf-8").splitlines()[-1] == "exec make test"
+
+
+def test_ray_is_imported_where_it_is_asked_for_and_nowhere_else():
+    code = "import sys, healing_utils.study, healing_utils.cluster; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_the_citation_names_this_version_and_both_papers():

@@ -1,0 +1,135 @@
+"""Where the missing cells of a stage are computed, and which of them are this run's to compute.
+
+An executor computes cells and leaves their records in the run's folder. It says of each cell, once,
+that it is done or in which error it ended; one that fails stops no other. Which executor it is
+changes no result, so the choice is no parameter of a study: it stands in the environment, which
+notebook kernels and worker processes inherit.
+
+- ``HEALING_EXECUTOR``: ``in-process``, ``workers`` (default: as many processes on this machine as
+  the parameter `workers` says) or ``ray`` (a cluster, see `cluster`).
+- ``HEALING_RAY_ADDRESS``: the cluster's, ``host:port``; without it Ray finds or starts one.
+- ``HEALING_SHARD``: ``2/8``, the second of eight shares that runs in folders of their own compute.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from healing_utils.errors import HealingError, choose
+from healing_utils.workers import helping
+
+if TYPE_CHECKING:
+    from healing_utils.study import Cell, Study
+
+NAMES = ("in-process", "workers", "ray")
+CELLS_FOR_A_WORKER = 3  # a process takes seconds to start: it pays from a few cells on
+
+Outcome = tuple["Cell", Exception | None]
+
+
+class Executor(Protocol):
+    """Computes cells: yields each with None once its record is there, else with its error."""
+
+    def outcomes(
+        self, study: Study, stage: str, cells: list[Cell], note: Callable[[str], None]
+    ) -> Iterator[Outcome]: ...
+
+
+class InProcess:
+    """One cell after the other, here. What another run on the same folder is at is waited for."""
+
+    def outcomes(
+        self, study: Study, stage: str, cells: list[Cell], note: Callable[[str], None]
+    ) -> Iterator[Outcome]:
+        while cells:
+            waiting = []
+            for cell in cells:
+                note(cell.name)
+
+                def on_step(step: int, steps: int, loss: float, name: str = cell.name) -> None:
+                    note(f"{name}: step {step}/{steps}, loss {loss:.3f}")
+
+                try:
+                    done = study._compute(cell, on_step)
+                except Exception as error:
+                    yield cell, error
+                    continue
+                if done:
+                    yield cell, None
+                else:
+                    waiting.append(cell)
+            if waiting and len(waiting) == len(cells):
+                note(f"waiting for another run: {waiting[0].name}")
+                time.sleep(1)
+            cells = waiting
+
+
+class Workers(InProcess):
+    """As in this process, with further ones that share the cells."""
+
+    def outcomes(
+        self, study: Study, stage: str, cells: list[Cell], note: Callable[[str], None]
+    ) -> Iterator[Outcome]:
+        count = min(study.parameters["workers"] - 1, len(cells) // CELLS_FOR_A_WORKER)
+        with helping(study.parameters, stage, count):
+            yield from super().outcomes(study, stage, cells, note)
+
+
+def chosen() -> Executor:
+    """The executor that the environment names. Raises HealingError for an unknown name, and where
+    Ray is not installed."""
+    name = choose(os.environ.get("HEALING_EXECUTOR") or "workers", NAMES, "executor")
+    if name == "ray":
+        from healing_utils.cluster import Ray
+
+        return Ray(os.environ.get("HEALING_RAY_ADDRESS") or None)
+    return Workers() if name == "workers" else InProcess()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Share `index` (from 1) of `count`: a cell's key alone decides whose it is, so that machines
+    that never speak to each other agree, whatever each has done already."""
+
+    index: int = 1
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def has(self, cell: Cell) -> bool:
+        return int(cell.key, 16) % self.count == self.index - 1
+
+
+def shard(text: str | None = None) -> Shard:
+    """The share that `text` (``2/8``) or else the environment names; without either, the whole.
+
+    Raises HealingError for anything else.
+    """
+    text = os.environ.get("HEALING_SHARD") if text is None else text
+    if not text:
+        return Shard()
+    found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise HealingError(f"shard {text!r} must be i/n with i from 1 to n, such as 2/8")
+    return Shard(int(found[1]), int(found[2]))
+
+
+def choice(executor: str | None, address: str | None, share: str | None) -> Mapping[str, str]:
+    """What of these is given, as the environment that kernels and workers inherit.
+
+    Raises HealingError where one is wrong, or an address is given to another executor than Ray.
+    """
+    if executor is not None:
+        choose(executor, NAMES, "executor")
+    if address is not None and (executor or os.environ.get("HEALING_EXECUTOR")) != "ray":
+        raise HealingError("an address is for the executor ray: add --executor ray")
+    if share is not None:
+        shard(share)
+    given = {"HEALING_EXECUTOR": executor, "HEALING_RAY_ADDRESS": address, "HEALING_SHARD": share}
+    return {name: value for name, value in given.items() if value is not None}
