@@ -347,7 +347,7 @@ def price_in_steps(curves: pd.DataFrame, shares: Iterable[float] = SHARES) -> pd
     ]
     longest = curves.groupby([*SETTING, "seed"], dropna=False)["epochs"].transform("max")
     curves = curves[curves["epochs"] == longest]
-    curves = curves.drop_duplicates([*SETTING, "seed", "step"])
+    curves = _once(curves, ["key", "step"])
     return _prices(curves.rename(columns={"step": "budget"}), shares, least=3)
 
 
@@ -355,22 +355,31 @@ def price_list(priced: pd.DataFrame) -> pd.DataFrame:
     """`price` or `price_in_steps` for people: a row a setting, a column a share."""
     wide = priced.pivot(index=SETTING, columns="share", values="needed").reset_index()
     wide = wide.rename(columns={share: f"{share:.0%}" for share in priced["share"].unique()})
-    layers = [", ".join(map(str, layers)) for layers in wide["layers"]]
-    wide["side"] = [
-        f"layer {named}" if side == "custom" else side
-        for side, named in zip(wide["side"], layers, strict=True)
-    ]
     order = {"intact": 0, "healed": 1, "scratch": 2}
     wide = wide.sort_values(
-        ["model", "task", "state", "level", "side", "recipe"],
+        ["model", "task", "state", "harm", "level", "side", "layers", "recipe"],
         key=lambda column: column.map(order) if column.name == "state" else column,
+        ignore_index=True,
     )
-    names = ["model", "task", "state", "side", "level"]
-    for name, usual in (("harm", "reinit"), ("part", "all"), ("start", "pre-trained"),
-                        ("recipe", "full")):  # fmt: skip
-        if not wide[wide["state"] == "healed"][name].isin([usual]).all():
-            names.append(name)
-    return wide[[*names, *(n for n in wide if n.endswith("%"))]].rename_axis(columns=None)
+    wide["what"] = [_setting(row) for _, row in wide.iterrows()]
+    shares = [name for name in wide if str(name).endswith("%")]
+    return wide[["model", "task", "what", *shares]].rename_axis(columns=None)
+
+
+def _setting(row: pd.Series) -> str:
+    """A setting in words: ``healed: bottom 1/2, noise 1, by transplant``."""
+    if row["state"] != "healed":
+        return str(row["state"])
+    layers = ", ".join(map(str, row["layers"]))
+    where = f"layer {layers}" if row["side"] == "custom" else _place(row)
+    words = [row["part"].replace("_", " ") if row["side"] == "none" else where, _harm(row)]
+    if row["part"] != "all" and row["side"] != "none":
+        words.append(row["part"].replace("_", " "))
+    if row["start"] != "pre-trained":
+        words.append(row["start"])
+    if row["recipe"] != "full":
+        words.append("by " + row["recipe"].replace("_", " "))
+    return "healed: " + ", ".join(words)
 
 
 def _prices(table: pd.DataFrame, shares: Iterable[float], least: int = 2) -> pd.DataFrame:
@@ -633,8 +642,7 @@ def _harm(row: pd.Series) -> str:
 def _keep_or_start_anew(table: pd.DataFrame) -> list[str]:
     if table.empty:
         return []
-    where = [f"{r.side} {statistics.as_fraction(r.level)} {r.harm}" for r in table.itertuples()]
-    table = table.assign(where=[w.removeprefix("all ") for w in where])
+    table = table.assign(where=[f"{_place(row)} {_harm(row)}" for _, row in table.iterrows()])
     keep = table[table["effect_low"] > MARGIN]
     anew = table[table["effect_high"] < -MARGIN]
     open_ = table[~table.index.isin([*keep.index, *anew.index])]
@@ -700,7 +708,8 @@ def _at_what_price(table: pd.DataFrame) -> list[str]:
 
 
 def _place(row: pd.Series) -> str:
-    return f"{row['side']} {statistics.as_fraction(row['level'])}".removeprefix("all ")
+    whole = row["side"] == "all"
+    return "all layers" if whole else f"{row['side']} {statistics.as_fraction(row['level'])}"
 
 
 def _more_training(table: pd.DataFrame) -> list[str]:

@@ -203,8 +203,9 @@ def matched_redraw(patient: Patient) -> None:
 
 @_recipe()
 def transplant(patient: Patient) -> None:
-    """Each corrupted layer becomes a copy of the nearest healthy one, the lower of two, then all
-    learns."""
+    """Each corrupted layer becomes a copy of the nearest healthy one, then all learns.
+
+    Of two that are as near, the lower one."""
     stack = encoder_layers(patient.model)
     shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in stack]
     for i in patient.layers:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import pandas
 
 
+PROSE = 32  # characters; a column with a longer cell is read as text
+
+
 def share(level: float) -> str:
     """A level as the fraction a person wrote: 0.1667 is ``1/6``."""
     return str(Fraction(level).limit_denominator(99))
@@ -31,9 +34,15 @@ def show_table(frame: pandas.DataFrame, caption: str = "", digits: int = 3) -> N
         shown["level"] = shown["level"].map(share)
     cells = [[_text(value, digits) for value in row] for row in shown.itertuples(index=False)]
     names = [str(name).replace("_", " ") for name in shown.columns]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    # Jupyter aligns to the right, which is right for numbers and names and not for sentences.
+    left = " style='text-align:left'"
+    prose = [left if any(len(row[i]) > PROSE for row in cells) else "" for i in range(len(names))]
+    head = "".join(f"<th{p}>{html.escape(n)}</th>" for n, p in zip(names, prose, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells
+        "<tr>"
+        + "".join(f"<td{p}>{html.escape(c)}</td>" for c, p in zip(row, prose, strict=True))
+        + "</tr>"
+        for row in cells
     )
     note = f"<caption style='text-align:left'>{html.escape(caption)}</caption>" if caption else ""
     table = f"<table>{note}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

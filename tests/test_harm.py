@@ -325,7 +325,7 @@ def test_every_table_and_figure_is_made_from_a_run(run):
     assert not {name for name, table in tables.items() if table.empty}
     assert set(tables["vulnerability"]["part"]) == {"all", "attention"}
     assert len(tables["vulnerability"]) == 2 * 2 * 3  # states, parts, layers
-    assert harm.price_list(tables["price"]).columns.str.endswith("%").sum() == 3
+    assert set(harm.price_list(tables["price"])) >= {"what", "90%", "95%", "99%"}
     assert harm.guidance(every, learning)
     similar = pd.concat(
         [results.load_similarity(run, stage) for stage in ("corruption", "harms")]
