@@ -128,12 +128,13 @@ def by_harm(cells: pd.DataFrame) -> pd.DataFrame:
     return _means(chosen, by, "retained").sort_values(by, ignore_index=True)
 
 
-def most_kinds(similarity: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `results.load_similarity` at the place (model, task, side, level, seed) that the
-    most kinds of harm have in common, of whole layers, with a column `harm`."""
-    strengths = similarity["strength"].astype(float)
-    harms = [spell_kind(k, s) for k, s in zip(similarity["kind"], strengths, strict=True)]
-    whole = similarity.assign(harm=harms)[(similarity["part"] == "all").to_numpy()]
+def most_kinds(broken: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `results.load_similarity` or `results.load_changes` at the place (model, task,
+    side, level, seed) that the most kinds of harm have in common, of whole layers, with a column
+    `harm`."""
+    strengths = broken["strength"].astype(float)
+    harms = [spell_kind(k, s) for k, s in zip(broken["kind"], strengths, strict=True)]
+    whole = broken.assign(harm=harms)[(broken["part"] == "all").to_numpy()]
     places = whole.groupby(["model", "task", "side", "level", "seed"], sort=False)
     return max((part for _, part in places), key=lambda part: part["harm"].nunique())
 

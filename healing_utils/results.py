@@ -279,6 +279,29 @@ def load_similarity(run: str | Path, stage: str = "corruption") -> pandas.DataFr
     return _ordered(pandas.DataFrame(rows))
 
 
+def load_changes(run: str | Path, stage: str = "corruption") -> pandas.DataFrame:
+    """What broke each model, of the stage `corruption` or `harms`: the cell's columns, ``key values
+    not_finite`` (values put through the kind, and those that are infinite or not a number now) and
+    ``change_ROLE``, by role of the tensors the mean norm of the change over the norm before."""
+    import pandas
+
+    rows = []
+    for record in planned_records(run_folder(run), stage):
+        changed = record["result"]["changed"]
+        rows.append(
+            {
+                **{name: record["cell"][name] for name in CELL_COLUMNS},
+                "key": record["key"],
+                "values": changed["values"],
+                "not_finite": changed.get("not_finite", 0),
+                **{f"change_{role}": v for role, v in changed["relative_change"].items()},
+            }
+        )
+    if not rows:
+        raise HealingError(f"run {run_folder(run)} has no broken models: run 02_corruption first")
+    return _ordered(pandas.DataFrame(rows))
+
+
 def load_probed_scores(run: str | Path) -> pandas.DataFrame:
     """The task scores of the models that the stage ``probing`` looked into, as `load_results` gives
     them: also of tasks that the task stages did not plan. Raises HealingError where one is missing.

@@ -342,6 +342,17 @@ def test_every_table_and_figure_is_made_from_a_run(run):
         assert "nan" not in figure.caption + figure.alt
 
 
+def test_what_a_kind_does_to_the_weights_is_read_from_the_records(run):
+    changes = pd.concat(
+        [results.load_changes(run, stage) for stage in ("corruption", "harms")]
+    ).drop_duplicates("key", ignore_index=True)
+    noise = changes[changes["kind"] == "noise"]
+    # The norm of noise as large as half a standard deviation, over that of values around zero.
+    assert noise["change_feed_forward"].between(0.3, 0.55).all()
+    assert (noise["not_finite"] == 0).all() and (noise["values"] > 0).all()
+    assert harm.most_kinds(changes)["harm"].nunique() == 3  # reinit, init and noise
+
+
 def test_the_deployed_fault_is_paired(run):
     table = harm.deployed(harm.gather(run))
     row = table.iloc[0]
