@@ -99,9 +99,11 @@ def _run(arguments: argparse.Namespace) -> int:
     overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
     from healing_utils import executors
 
-    os.environ |= executors.choice(arguments.executor, arguments.address, arguments.shard)
-    executors.chosen()  # refused now, not in the first notebook
+    given = executors.choice(arguments.executor, arguments.address, arguments.shard)
+    before = {name: os.environ.get(name) for name in given}
+    os.environ |= given
     try:
+        executors.chosen()  # refused now, not in the first notebook
         if executors.shard().count > 1:
             print(runner.run_shard(arguments.profile, arguments.out, overrides))
             return 0
@@ -112,6 +114,10 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nStopped. Everything finished is kept; the same command goes on.", file=sys.stderr)
         return 130
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
     print(page)
     return 0
 

@@ -108,9 +108,13 @@ class _Turn:
 
     def begin(self, study: Study) -> bool:
         """Claim the cell; False where another run has it or has done it."""
-        mine = self.claim.enter_context(study.store.claim(self.cell.key))
-        if mine and study.store.read(self.cell.stage, self.cell.key) is None:
-            return True
+        try:
+            mine = self.claim.enter_context(study.store.claim(self.cell.key))
+            if mine and study.store.read(self.cell.stage, self.cell.key) is None:
+                return True
+        except BaseException:
+            self.end()
+            raise
         self.end()
         return False
 
@@ -148,6 +152,9 @@ class _Shared:
                 except Exception as error:  # what it needs cannot be read here
                     turn.end()
                     yield turn.cell, _one_line(error)
+                except BaseException:  # stopped: no other run may wait for this one's claim
+                    turn.end()
+                    raise
             elif self.study.store.read(turn.cell.stage, turn.cell.key) is not None:
                 yield turn.cell, None
             else:
@@ -160,18 +167,20 @@ class _Shared:
             time.sleep(1 if self.waiting else 0)
             return
         for reference in self.cluster.finished(list(self.running)):
-            turn = self.running.pop(reference)
+            turn = self.running[reference]
             try:
                 error = _keep(self.study, turn.cell, self.cluster.fetch(reference))
             except self.cluster.lost as loss:
                 turn.losses += 1
                 if turn.losses < LOSSES:
+                    del self.running[reference]
                     turn.end()
                     self.waiting.appendleft(turn)
                     continue
                 error = _given_up(turn.losses, loss)
             except Exception as failure:  # Ray's, or the record cannot be written
                 error = _one_line(failure)
+            del self.running[reference]  # only now: a stop before this is seen by `recall`
             turn.end()
             yield turn.cell, error
 
@@ -195,18 +204,19 @@ class _Cluster:
         )  # fmt: skip
         _connect(ray, address)
         self.threads = study.parameters["threads"]
-        most = max((node["Resources"].get("CPU", 0) for node in self._nodes()), default=0)
-        if most < self.threads:
-            raise HealingError(
-                f"no node of the Ray cluster has the {self.threads} CPUs of a cell's threads (the "
-                f"largest has {most:g}); start nodes with more, or set threads, which is part of "
-                "the cells' keys"
-            )
         with_gpu = any(node["Resources"].get("GPU") for node in self._nodes())
         self.gpus = int(with_gpu and study.parameters["device"] != "cpu")
+        if not self._places():
+            gpu = " and a GPU" if self.gpus else ""
+            raise HealingError(
+                f"no node of the Ray cluster has the {self.threads} CPUs of a cell's threads{gpu}; "
+                "start nodes with more, or set threads, which is part of the cells' keys"
+            )
         # Losses are counted by this driver: Ray would try again in silence.
         options = {"num_cpus": self.threads, "num_gpus": self.gpus, "max_retries": 0}
-        self.remote = ray.remote(compute_cell).options(**options)
+        # Given here and not as options later, so that Ray ends a GPU's process with its cell: one
+        # that is reused stays on the card that it saw first.
+        self.remote = ray.remote(**options)(compute_cell)
         self._parameters = {**study.parameters, "run": ""}  # it lies on the driver's machine
         self._references: dict[Any, Any] = {}
         self._weights: OrderedDict[str, Any] = OrderedDict()
@@ -214,14 +224,18 @@ class _Cluster:
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]
 
-    def room(self) -> int:
-        """How many cells may be on the cluster at once; nodes may come and go."""
+    def _places(self) -> int:
+        """How many cells the nodes can compute at once; a cell has its CPUs and GPU on one node."""
 
         def cells(there: dict[str, float]) -> int:
             by_cpu = int(there.get("CPU", 0) // self.threads)
             return min(by_cpu, int(there.get("GPU", 0))) if self.gpus else by_cpu
 
-        return sum(cells(node["Resources"]) for node in self._nodes()) + AHEAD
+        return sum(cells(node["Resources"]) for node in self._nodes())
+
+    def room(self) -> int:
+        """How many cells may be on the cluster at once; nodes may come and go."""
+        return self._places() + AHEAD
 
     def submit(self, cell: Cell) -> Any:
         from healing_utils import models

@@ -38,6 +38,8 @@ COLORS = {
     "top": "#0072B2",
     "all": "#9A4C87",  # Okabe and Ito's purple, darkened to be read on white
     "custom": "#009E73",
+    "random": "#B07C00",
+    "scattered": "#B07C00",
     "intact": "#000000",
     "none": "#000000",
     "scratch": "#6B6B6B",

@@ -8,7 +8,7 @@ each beside the intact score of the same model, task and seed. Differences are p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from healing_utils.errors import HealingError
 from healing_utils.statistics import MARGIN, t_interval
 
 SETTING = ["model", "task", "state", "side", "level", "layers", "harm", "part", "start", "recipe"]
-BUDGET = ["train_size", "epochs", "learning_rate"]
+BUDGET = ["train_size", "epochs", "learning_rate", "evaluations"]
 SHARES = (0.9, 0.95, 0.99)  # of the intact score, whose price is asked
 CONTROLS = {
     "random": "as many layers drawn at random",
@@ -31,8 +31,10 @@ CONTROLS = {
 # --- all cells of a run ---------------------------------------------------------------------------
 
 
-def gather(run: str | Path) -> pd.DataFrame:
-    """All scored cells of a run: the columns of its tables, and
+def gather(
+    run: str | Path, stages: Sequence[str] = (*results.TASK_STAGES, *results.SCAN_STAGES)
+) -> pd.DataFrame:
+    """All scored cells of some stages of a run: the columns of its tables, and
 
     `scan`, ``main`` for the main grid; `harm`, the kind with its strength; `intact`, the score of
     the intact model of the same model, task and seed, trained as the study's parameters say; `loss`
@@ -40,7 +42,7 @@ def gather(run: str | Path) -> pd.DataFrame:
     of the study's parameters (true of what is broken).
     """
     tables = []
-    for stage in (*results.TASK_STAGES, *results.SCAN_STAGES):
+    for stage in stages:
         if results.has_stage(run, stage):
             tables.append(results.load_results(run, stage))
     if not tables:
@@ -71,6 +73,13 @@ def _once(cells: pd.DataFrame, by: Sequence[str] = ("key",)) -> pd.DataFrame:
     """Each cell once, under the main grid's name where it is there."""
     first = cells.assign(_other=cells["scan"] != "main").sort_values("_other", kind="stable")
     return first.drop_duplicates(list(by)).drop(columns="_other").sort_index()
+
+
+def _by_side(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells whose whole layers were corrupted by side, each once: what a scan calls by its layers
+    may be such a cell too, so the side is asked for first."""
+    sides = ["bottom", "top", "all"]
+    return _once(cells[(cells["part"] == "all") & cells["side"].isin(sides)])
 
 
 def _plain(cells: pd.DataFrame) -> pd.DataFrame:
@@ -118,12 +127,8 @@ def vulnerability(cells: pd.DataFrame, harm: str = "reinit") -> pd.DataFrame:
 def by_harm(cells: pd.DataFrame) -> pd.DataFrame:
     """Retained score by kind of harm, side and level, broken and healed, of whole layers: a row a
     model, task, state, harm, side and level, with mean, interval and n seeds."""
-    chosen = _once(_plain(cells))
-    chosen = chosen[
-        chosen["state"].isin(["broken", "healed"])
-        & (chosen["part"] == "all")
-        & chosen["side"].isin(["bottom", "top", "all"])
-    ]
+    chosen = _by_side(_plain(cells))
+    chosen = chosen[chosen["state"].isin(["broken", "healed"])]
     by = ["model", "task", "state", "harm", "side", "level"]
     return _means(chosen, by, "retained").sort_values(by, ignore_index=True)
 
@@ -136,28 +141,35 @@ def most_kinds(broken: pd.DataFrame) -> pd.DataFrame:
     harms = [spell_kind(k, s) for k, s in zip(broken["kind"], strengths, strict=True)]
     whole = broken.assign(harm=harms)[(broken["part"] == "all").to_numpy()]
     places = whole.groupby(["model", "task", "side", "level", "seed"], sort=False)
+    if whole.empty:
+        raise HealingError("no whole layers were corrupted: no place that kinds have in common")
     return max((part for _, part in places), key=lambda part: part["harm"].nunique())
 
 
 # --- do the claims hold beyond re-initialisation? -------------------------------------------------
 
 
-def claims_by_harm(cells: pd.DataFrame) -> pd.DataFrame:
+def claims_by_harm(
+    cells: pd.DataFrame, grid: Callable[[str], dict | None] = lambda kind: None
+) -> pd.DataFrame:
     """A1 to A3 under every kind of harm that hit whole layers by side: `statistics.claims` for each
-    harm, corrected within it. What one kind has on fewer tasks or seeds is tested on those."""
-    chosen = _once(_plain(cells))
-    chosen = chosen[chosen["part"].isin(["all", "none"]) | (chosen["state"] == "intact")]
-    healed = chosen[(chosen["state"] == "healed") & chosen["side"].isin(["bottom", "top", "all"])]
+    harm, corrected within it. What a scan has on fewer tasks or seeds is tested on those; `grid`
+    gives what was planned of a kind of the main grid."""
+    plain = _plain(cells)
+    intact, healed = (plain[plain["state"] == state] for state in ("intact", "healed"))
+    intact = _once(intact)
     found = []
-    for (model, harm), part in healed.groupby(["model", "harm"], sort=False):
-        intact = chosen[
-            (chosen["model"] == model)
-            & (chosen["state"] == "intact")
-            & chosen["task"].isin(part["task"])
-            & chosen["seed"].isin(part["seed"])
+    for (model, harm), part in _by_side(healed).groupby(["model", "harm"], sort=False):
+        own = intact[
+            (intact["model"] == model)
+            & intact["task"].isin(part["task"])
+            & intact["seed"].isin(part["seed"])
         ]
         kind = part["kind"].iloc[0]
-        table = statistics.claims(pd.concat([intact, part]), kind=kind)
+        main = (part["scan"] == "main").any()
+        table = statistics.claims(
+            pd.concat([own, part]), kind=kind, grid=grid(harm) if main else None
+        )
         found.append(table.assign(kind=harm))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
@@ -175,6 +187,7 @@ def against_controls(cells: pd.DataFrame, margin: float = MARGIN) -> pd.DataFram
     rows = []
     for control, what in CONTROLS.items():
         beside = _once(chosen[chosen["side"] == control])[[*unit, "score", "key"]]
+        wanted = beside.set_index(["model", "harm", "level"]).sort_index()
         paired = beside.merge(bottom, on=unit, suffixes=("", "_bottom"))
         for (model, harm, level), part in paired.groupby(["model", "harm", "level"], sort=False):
             effect = part["score"] - part["score_bottom"]
@@ -184,23 +197,32 @@ def against_controls(cells: pd.DataFrame, margin: float = MARGIN) -> pd.DataFram
                     "model": model, "kind": harm, "level": level, "control": control,
                     "statement": f"The bottom costs more than {what}",
                     "effect": interval.mean, "low": interval.low, "high": interval.high,
-                    "n": interval.n, "same": int((part["key"] == part["key_bottom"]).sum()),
+                    "n": interval.n, "n_expected": len(wanted.loc[[(model, harm, level)]]),
+                    "same": int((part["key"] == part["key_bottom"]).sum()),
                     "p": test.p, "smallest_p": test.smallest_p,
                 }
             )  # fmt: skip
     names = [
-        "model", "kind", "level", "control", "statement", "effect", "low", "high", "n", "same",
-        "p", "smallest_p", "p_corrected", "verdict", "reason",
+        "model", "kind", "level", "control", "statement", "effect", "low", "high", "n",
+        "n_expected", "same", "p", "smallest_p", "p_corrected", "verdict", "reason", "evidence",
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=names)
     corrected = table.groupby("model", sort=False)["p"].transform(statistics.holm)
     table["p_corrected"] = corrected.astype(float)
     verdicts = [
-        statistics.verdict(row.low, row.high, row.p_corrected, row.smallest_p, margin=margin)
+        statistics.verdict(
+            row.low,
+            row.high,
+            row.p_corrected,
+            row.smallest_p,
+            margin=margin,
+            missing=["a bottom cell of its units is missing"] if row.n < row.n_expected else (),
+        )
         for row in table.itertuples()
     ]
     table["verdict"] = [verdict for verdict, _ in verdicts]
     table["reason"] = [reason for _, reason in verdicts]
+    table["evidence"] = [statistics.evidence_of_side(model) for model in table["model"]]
     return table
 
 
@@ -212,14 +234,15 @@ def league(cells: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
 
     A row a model, start, harm, side, level and recipe: `retained` with its interval; `gain` = score
     - score of ``full``, with its 95 % t-interval over the n units; `size`, that mean over its
-    standard deviation; `units_needed` for a power of 0.8 at that size. `verdict` is *better* or
+    standard deviation; `units_needed` to show a gain or loss of that size beyond the margin with a
+    power of 0.8, corrected for as many recipes. `verdict` is *better* or
     *worse* where the t-interval, widened by Bonferroni's correction for the number of recipes
     compared there, lies beyond the margin; *same* where it lies within it; else *undecided*.
     Sorted by gain, ``full`` among them.
     """
-    chosen = _once(cells[cells["usual"]])
-    chosen = chosen[(chosen["state"] == "healed") & (chosen["part"] == "all")]
-    place = ["model", "start", "harm", "side", "level"]
+    chosen = cells[cells["usual"] & (cells["state"] == "healed") & (cells["part"] == "all")]
+    chosen = _placed(_once(chosen, ["key", "side"]))
+    place = ["model", "start", "harm", "side", "level", "where"]
     unit = ["task", "seed"]
     rows = []
     for key, part in chosen.groupby(place, sort=False):
@@ -238,13 +261,18 @@ def league(cells: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
             interval = t_interval(gain)
             wide = t_interval(gain, 1 - 0.05 / len(others))
             size = _effect_size(gain)
+            beyond = _effect_size(np.abs(gain.mean()) - margin + gain - gain.mean())
+            alpha = 0.05 / (2 * len(others))
+            needed = statistics.units_needed(max(beyond, 0.0), alpha=alpha)
+            if interval.n == 0:  # on none of the tasks that `full` healed
+                continue
             rows.append(
                 {
                     **dict(zip(place, key, strict=True)), "recipe": recipe,
                     "retained": retained.mean, "retained_low": retained.low,
                     "retained_high": retained.high, "gain": interval.mean,
                     "gain_low": interval.low, "gain_high": interval.high, "n": interval.n,
-                    "size": size, "units_needed": statistics.units_needed(size),
+                    "size": size, "units_needed": needed,
                     "verdict": "" if recipe == "full" else _compared(wide, margin),
                 }
             )  # fmt: skip
@@ -253,6 +281,15 @@ def league(cells: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
         return table
     order = [*place, "gain"]
     return table.sort_values(order, ascending=[True] * len(place) + [False], ignore_index=True)
+
+
+def _placed(cells: pd.DataFrame) -> pd.DataFrame:
+    """With `where`: the layers in words where they were named, else empty."""
+    named = [
+        ", ".join(map(str, layers)) if side == "custom" else ""
+        for side, layers in zip(cells["side"], cells["layers"], strict=True)
+    ]
+    return cells.assign(where=named)
 
 
 def _effect_size(difference: np.ndarray) -> float:
@@ -277,14 +314,16 @@ def deployed(cells: pd.DataFrame) -> pd.DataFrame:
     pre-trained weights, a row a model, task, harm, side and level; means over the n seeds that have
     all four."""
     chosen = cells[cells["usual"] & (cells["recipe"] == "full") & (cells["part"] == "all")]
-    unit = ["model", "task", "harm", "side", "level", "seed"]
+    chosen = _placed(chosen)
+    unit = ["model", "task", "harm", "side", "level", "where", "seed"]
     tables = []
     for name, state, start in (
         ("healed_deployed", "healed", "fine-tuned"),
         ("healed", "healed", "pre-trained"),
         ("broken", "broken", "pre-trained"),
     ):
-        part = _once(chosen[(chosen["state"] == state) & (chosen["start"] == start)], ("key",))
+        part = chosen[(chosen["state"] == state) & (chosen["start"] == start)]
+        part = _once(part, ["key", "side"])
         tables.append(part[[*unit, "score", "intact"]].rename(columns={"score": name}))
     merged = tables[0]
     for other in tables[1:]:
@@ -313,9 +352,10 @@ def price(cells: pd.DataFrame, shares: Iterable[float] = SHARES) -> pd.DataFrame
     Of each setting (state, side, level, harm, recipe, ...) that was trained on several numbers of
     examples; see `_needed` for what `needed` says.
     """
-    trained = _once(cells[cells["state"] != "broken"])
-    usual = trained[trained["usual"]][["epochs", "learning_rate"]].drop_duplicates()
-    trained = trained.merge(usual, on=["epochs", "learning_rate"])  # only the examples differ
+    trained = _once(cells[(cells["state"] != "broken") & (cells["side"] != "random")])
+    same = [name for name in BUDGET if name != "train_size"]
+    usual = trained[trained["usual"]][same].drop_duplicates()
+    trained = trained.merge(usual, on=same)  # only the examples differ
     return _prices(trained.rename(columns={"train_size": "budget"}), shares)
 
 
@@ -337,10 +377,9 @@ def price_in_steps(curves: pd.DataFrame, shares: Iterable[float] = SHARES) -> pd
     unit = ["model", "task", "seed"]
     main = curves[(curves["state"] == "intact") & (curves["scan"] == "main")]
     ends = main.sort_values("step").groupby(unit, sort=False).tail(1)
-    ends = ends[[*unit, "score", "epochs", "learning_rate", "train_size"]].rename(
-        columns={"score": "intact", "epochs": "usual_epochs", "learning_rate": "usual_rate",
-                 "train_size": "usual_size"}
-    )  # fmt: skip
+    ends = ends[[*unit, "score", "learning_rate", "train_size"]].rename(
+        columns={"score": "intact", "learning_rate": "usual_rate", "train_size": "usual_size"}
+    )
     curves = curves.merge(ends, on=unit)
     curves = curves[
         (curves["learning_rate"] == curves["usual_rate"])
@@ -348,7 +387,8 @@ def price_in_steps(curves: pd.DataFrame, shares: Iterable[float] = SHARES) -> pd
     ]
     longest = curves.groupby([*SETTING, "seed"], dropna=False)["epochs"].transform("max")
     curves = curves[curves["epochs"] == longest]
-    curves = _once(curves, ["key", "step"])
+    finest = curves.groupby([*SETTING, "seed"], dropna=False)["evaluations"].transform("max")
+    curves = _once(curves[curves["evaluations"] == finest], ["key", "step"])
     return _prices(curves.rename(columns={"step": "budget"}), shares, least=3)
 
 
@@ -408,7 +448,10 @@ def _needed(part: pd.DataFrame, share: float) -> dict[str, object]:
     """
     found = []
     for budget, rows in part.groupby("budget"):
-        found.append((budget, t_interval(rows["score"] - share * rows["intact"])))
+        interval = t_interval(rows["score"] - share * rows["intact"])
+        if rows["seed"].nunique() < part["seed"].nunique():  # a training broke off before
+            interval = statistics.Interval(*[-math.inf] * 3, interval.n)
+        found.append((budget, interval))
     budgets = [int(budget) for budget, _ in found]
 
     def stays(end: str) -> int | None:
@@ -450,7 +493,7 @@ def training_control(cells: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     `rising` says that the held-out score of the longest training still rose over its last third,
     with the whole interval above zero.
     """
-    trained = _once(cells[cells["state"] != "broken"])
+    trained = _once(cells[(cells["state"] != "broken") & (cells["side"] != "random")])
     trained = trained[(trained["start"] == "pre-trained") & (trained["recipe"] == "full")]
     trained = trained.merge(_ends(curves), on="key", how="left")
     rows = []
@@ -493,7 +536,10 @@ def _best_rate(part: pd.DataFrame) -> dict[str, object]:
     shared = part[part["seed"].isin(seeds[seeds == part["learning_rate"].nunique()].index)]
     if shared["learning_rate"].nunique() < 2:
         return {}
-    best = shared.groupby("learning_rate")["held_out"].mean().idxmax()
+    held_out = shared.groupby("learning_rate")["held_out"].agg(lambda s: s.mean(skipna=False))
+    if held_out.isna().all():  # a rate at which a seed diverged is not the best
+        return {}
+    best = held_out.idxmax()
     return {
         "rate": best,
         "rates": ", ".join(f"{rate:g}" for rate in sorted(shared["learning_rate"].unique())),
@@ -526,16 +572,12 @@ def _more_steps(usual: pd.DataFrame, longer: pd.DataFrame) -> dict[str, object]:
 
 
 def worth(cells: pd.DataFrame) -> pd.DataFrame:
-    """Is a corrupted model worth more than none? healed - scratch, paired by seed and averaged over
-    the tasks of a seed: a row a model, harm, side and level, with effect, interval and n units."""
-    chosen = _once(_plain(cells))
-    scratch = chosen[chosen["state"] == "scratch"]
+    """Is a corrupted model worth more than none? healed - scratch, paired by task and seed: a row a
+    model, harm, side and level, with effect, interval and n (task, seed) units."""
+    chosen = _plain(cells)
+    scratch = _once(chosen[chosen["state"] == "scratch"])
     unit = ["model", "task", "seed"]
-    healed = chosen[
-        (chosen["state"] == "healed")
-        & (chosen["part"] == "all")
-        & chosen["side"].isin(["bottom", "top", "all"])
-    ]
+    healed = _by_side(chosen[chosen["state"] == "healed"])
     paired = healed.merge(scratch[[*unit, "score"]], on=unit, suffixes=("", "_scratch"))
     paired = paired.assign(effect=paired["score"] - paired["score_scratch"])
     return _means(paired, ["model", "harm", "side", "level"], "effect")
@@ -594,7 +636,10 @@ def _where_to_look(table: pd.DataFrame) -> list[str]:
         if parts["part"].nunique() > 1:
             means = parts.groupby("part")["retained"].mean().sort_values()
             said = ", ".join(f"{p.replace('_', ' ')} {v:.2f}" for p, v in means.items())
-            lines.append(f"Before healing, one layer's part redrawn leaves on average: {said}.")
+            lines.append(
+                f"Before healing, one part of one layer redrawn leaves, on {task} and on average "
+                f"over the layers: {said}."
+            )
     return lines
 
 
@@ -623,15 +668,15 @@ def _which_harm(table: pd.DataFrame) -> list[str]:
 
 def _beyond_healing(cells: pd.DataFrame) -> list[str]:
     """Harm after which the loss is not finite: no gradient to heal by."""
-    trained = _once(cells[cells["state"] == "healed"])
+    trained = _once(cells[(cells["state"] == "healed") & cells["usual"]])
     lines = []
     for harm, part in trained.groupby("harm", sort=False):
         failed = int((part["diverged"] != "").sum())
         if failed:
             name = harm.replace("_", " ").replace("=", " ")
             lines.append(
-                f"After {name} {failed} of {len(part)} models could not be trained at all: their "
-                "loss is not finite."
+                f"After {name} the training of {failed} of {len(part)} models broke off: their "
+                "loss was not finite."
             )
     return lines
 
@@ -666,9 +711,14 @@ def _which_aid(table: pd.DataFrame) -> list[str]:
     lines = []
     if table.empty:
         return lines
-    for (side, level, harm), part in table.groupby(["side", "level", "harm"], sort=False):
-        place = f"{side} {statistics.as_fraction(level)} ({harm})"
+    by = ["start", "side", "level", "where", "harm"]
+    for (start, *_), part in table.groupby(by, sort=False):
+        first = part.iloc[0]
+        kind = _harm(first) + ("" if start == "pre-trained" else f", {start}")
+        place = f"{_place(first)} ({kind})"
         others = part[part["recipe"] != "full"]
+        if others.empty:
+            continue
         best = others.loc[others["gain"].idxmax()]
         gains = f"{_ci(best, 'gain', 100, 1, '+')} points"
         name = best["recipe"].replace("_", " ")
@@ -699,27 +749,30 @@ def _repair_or_redo(table: pd.DataFrame) -> list[str]:
 
 def _at_what_price(table: pd.DataFrame) -> list[str]:
     table = table[table["share"] == SHARES[0]]
-    said = [
-        f"{row['state'] if row['state'] != 'healed' else _place(row)} {row['needed']}"
-        for _, row in table.iterrows()
+    return [
+        f"Labelled examples to reach 90 % of the intact score on {task}: "
+        + "; ".join(f"{_setting(row)} {row['needed']}" for _, row in part.iterrows())
+        + "."
+        for task, part in table.groupby("task", sort=False)
     ]
-    if not said:
-        return []
-    return [f"Labelled examples to reach 90 % of the intact score: {'; '.join(said)}."]
 
 
 def _place(row: pd.Series) -> str:
+    if row.get("where"):
+        return f"layer {row['where']}"
     whole = row["side"] == "all"
     return "all layers" if whole else f"{row['side']} {statistics.as_fraction(row['level'])}"
 
 
 def _more_training(table: pd.DataFrame) -> list[str]:
-    said = []
-    for _, row in table[table["gained"].notna()].iterrows():
-        name = row["state"] if row["state"] != "healed" else _place(row)
-        rising = ", still rising" if row["rising"] else ""
-        said.append(f"{name} {_ci(row, 'gained', 100, 1, '+')}{rising}")
-    if not said:
-        return []
-    more = table["more"].dropna().iloc[0]
-    return [f"{more:g} times the steps change the score by (points): {'; '.join(said)}."]
+    lines = []
+    trained = table[table["gained"].notna()]
+    for (task, more), part in trained.groupby(["task", "more"], sort=False):
+        said = []
+        for _, row in part.iterrows():
+            rising = ", still rising" if row["rising"] else ""
+            said.append(f"{_setting(row)} {_ci(row, 'gained', 100, 1, '+')}{rising}")
+        lines.append(
+            f"{more:g} times the steps change the score on {task} by (points): {'; '.join(said)}."
+        )
+    return lines

@@ -60,7 +60,7 @@ def vulnerability_map(table: pd.DataFrame) -> Figure:
         raise HealingError("no single layer was corrupted: nothing to draw")
     # A task of which only the ends were corrupted, by level, has no map.
     seen = table.groupby(["model", "task"])["layer"].transform("nunique")
-    table = table[seen == seen.max()]
+    table = table[seen == seen.groupby(table["model"]).transform("max")]
     rows = list(table.groupby(["model", "task"], sort=False))
     states = [s for s in ("broken", "healed") if (table["state"] == s).any()]
     parts = [p for p in PARTS if (table["part"] == p).any()]
@@ -182,7 +182,7 @@ def harm_curves(table: pd.DataFrame, columns: int = 2) -> Figure:
         axis.set_yticks(range(len(keys)), [f"{harm_name(h)}, {as_fraction(x)}" for h, x in keys])
         axis.set_ylim(len(keys) - 0.5, -0.5)
         low = max(float(part["retained"].min()), 0.0)
-        axis.set_xlim(low - 0.03, None)
+        axis.set_xlim(low - 0.03 if np.isfinite(low) else 0.0, None)
         axis.set_xlabel("score as share of intact")
     for axis in axes:
         if axis not in _left_of_rows(figure):
@@ -216,15 +216,19 @@ def league_figure(table: pd.DataFrame) -> Figure:
     """Gain of each recipe over full fine-tuning, of `harm.league`: a panel for each place."""
     if table.empty:
         raise HealingError("no recipe beside full fine-tuning: nothing to draw")
-    by = ["model", "start", "harm", "side", "level"]
+    by = ["model", "start", "harm", "side", "level", "where"]
     panels = list(table.groupby(by, sort=False))
+    models = list(dict.fromkeys(table["model"]))
+    starts = table["start"].nunique()
     recipes = list(table.groupby("recipe")["gain"].mean().sort_values(ascending=False).index)
     figure, axes = _panels(len(panels), 2, height=0.7 + 0.24 * len(recipes))
     place = {name: i for i, name in enumerate(recipes)}
     colors = {"better": "#0072B2", "worse": "#D55E00"}
     for axis, (key, part) in zip(axes, panels, strict=True):
-        model, start, harm, side, level = key
-        axis.set_title(f"{side} {as_fraction(level)}, {harm_name(harm)}")
+        model, start, harm, side, level, where = key
+        title = f"layer {where}" if where else f"{side} {as_fraction(level)}"
+        title += f", {harm_name(harm)}" + (f", {start}" if starts > 1 else "")
+        axis.set_title(title if len(models) == 1 else f"{_short(model)}\n{title}")
         axis.axvspan(-1, 1, color="#EDEDED", lw=0, zorder=0)
         axis.axvline(0, color="#555555", lw=0.8)
         for row in part.itertuples(index=False):
@@ -246,7 +250,6 @@ def league_figure(table: pd.DataFrame) -> Figure:
             axis.tick_params(labelleft=False)
     _label_columns(figure, "gain over full fine-tuning (points)")
     n = sorted(set(table["n"]))
-    models = list(dict.fromkeys(table["model"]))
     figure.caption = f"""
         First aid: score of each recipe minus that of full fine-tuning of the same corrupted model,
         {_models(models)}, paired over n = {" or ".join(map(str, n))} (task, seed) units, with 95 %
@@ -266,9 +269,11 @@ def price_curves(cells: pd.DataFrame, columns: int = 2) -> Figure:
     """Score as a share of the intact model's against the number of labelled examples, one line a
     state and side; of `harm.gather`'s cells that were trained on several numbers."""
     cells = cells[(cells["recipe"] == "full") & (cells["start"] == "pre-trained")]
-    usual = cells[cells["usual"]][["epochs", "learning_rate"]].drop_duplicates()
-    cells = cells.merge(usual, on=["epochs", "learning_rate"])  # only the examples differ
-    whole = (cells["state"] != "healed") | (cells["part"] == "all")
+    same = ["epochs", "learning_rate", "evaluations"]
+    usual = cells[cells["usual"]][same].drop_duplicates()
+    cells = cells.merge(usual, on=same)  # only the examples differ
+    by_side = (cells["part"] == "all") & cells["side"].isin(["bottom", "top", "all"])
+    whole = (cells["state"] != "healed") | by_side
     lines = [
         (key, part)
         for key, part in cells[whole & (cells["state"] != "broken")].groupby(
@@ -306,7 +311,7 @@ def price_curves(cells: pd.DataFrame, columns: int = 2) -> Figure:
     _label_columns(figure, "labelled examples")
     _legend(figure, [Line2D([], [], color=c, label=name) for name, c in named.items()], rows=2)
     models = list(dict.fromkeys(key[0] for key in panels))
-    n = cells[cells["state"] == "intact"]["seed"].nunique()
+    n = max(part["seed"].nunique() for _, part in lines)
     figure.caption = f"""
         The price of healing in labelled examples: score after fine-tuning on so many, as a share of
         the intact model's with all of them, {_models(models)}, mean over n = {n} seeds with

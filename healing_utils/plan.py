@@ -381,8 +381,11 @@ def neighbours(count: int, threads: int) -> Iterator[None]:
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads))}
     command = [sys.executable, "-c", _NEIGHBOUR, str(os.getpid())]
-    started = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    started = []
     try:
+        for _ in range(count):
+            quiet = subprocess.DEVNULL
+            started.append(subprocess.Popen(command, env=environment, stderr=quiet))
         yield
     finally:
         for process in started:
@@ -696,10 +699,7 @@ def _short(count: float) -> str:
 def keep(plan: Plan, run: Path) -> Path | None:
     """Keep the estimate of what is left in the run's folder; None where nothing is left."""
     stages = {
-        stage.name: {
-            "at_once": stage.at_once,
-            "cells": {c.key: [c.stage, round(seconds, 3)] for c, _, seconds in stage.left},
-        }
+        stage.name: {"cells": {c.key: [c.stage, round(s, 3)] for c, _, s in stage.left}}
         for stage in plan.stages
         if stage.left
     }
@@ -713,31 +713,36 @@ def compare(run: Path) -> list[str]:
     """Estimated against measured time of the cells computed since the estimate was kept, a line a
     stage. No lines where there is no estimate, or none of its cells is done.
 
-    Measured is the sum of the records' seconds, divided by the processes that shared them.
+    Both are sums over the cells, each as long as one process takes over it.
     """
     try:
-        kept = json.loads((run / ESTIMATE).read_text("utf-8"))["stages"]
+        rows = _compared(run)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever it holds: the run itself is done
         return [f"{run / ESTIMATE} cannot be read ({error}): nothing to compare with"]
+    if not rows:
+        return []
+    rows.append(("all", *(sum(row[i] for row in rows) for i in range(1, 5))))
+    return ["Time of the cells, summed over processes, estimated and measured:"] + [
+        f"  {name:10} {done} of {of} cells: {duration(estimated)} estimated, "
+        f"{duration(measured)} measured, {estimated / max(measured, 1e-3):.2f} times"
+        for name, done, of, estimated, measured in rows
+    ]
+
+
+def _compared(run: Path) -> list[tuple[str, int, int, float, float]]:
+    """Stage, cells done, cells of the estimate, and the seconds of those done, twice."""
     store, rows = Store(run), []
-    for name, stage in kept.items():
+    for name, stage in json.loads((run / ESTIMATE).read_text("utf-8"))["stages"].items():
         estimated = measured = 0.0
         done = 0
         for key, (where, seconds) in stage["cells"].items():
             record = store.read(where, key)
             if record is not None:
                 done += 1
-                estimated += seconds / stage["at_once"]
-                measured += record["times"]["seconds"] / stage["at_once"]
+                estimated += seconds
+                measured += record["times"]["seconds"]
         if done:
             rows.append((name, done, len(stage["cells"]), estimated, measured))
-    if not rows:
-        return []
-    rows.append(("all", *(sum(row[i] for row in rows) for i in range(1, 5))))
-    return ["Time of the cells, estimated and measured:"] + [
-        f"  {name:10} {done} of {of} cells: {duration(estimated)} estimated, "
-        f"{duration(measured)} measured, {estimated / max(measured, 1e-3):.2f} times"
-        for name, done, of, estimated, measured in rows
-    ]
+    return rows

@@ -21,8 +21,8 @@ COLUMNS = (
     "model", "task", "state", "side", "level", "kind", "part", "strength", "layers", "n_layers",
     "start", "recipe", "seed", "metric", "score", "score_f1", "score_accuracy", "score_matthews",
     "score_spearman", "chance", "chance_f1", "chance_accuracy", "test_size", "train_size", "epochs",
-    "learning_rate", "train_tokens", "diverged", "seconds", "device", "precision", "threads",
-    "versions", "key",
+    "learning_rate", "evaluations", "train_tokens", "diverged", "seconds", "device", "precision",
+    "threads", "versions", "key",
 )  # fmt: skip
 PROBED_COLUMNS = (
     "model", "architecture", "task", "state", "side", "level", "kind", "layers", "n_layers", "seed",
@@ -39,7 +39,9 @@ NEURON_COLUMNS = (
 )  # fmt: skip
 CELL_COLUMNS = ("model", "task", "state", "side", "level", "kind", "part", "strength", "n_layers",
                 "seed", "metric")  # fmt: skip
-CURVE_COLUMNS = ("layers", "start", "recipe", "train_size", "epochs", "learning_rate", "key")
+CURVE_COLUMNS = (
+    "layers", "start", "recipe", "train_size", "epochs", "learning_rate", "evaluations", "key",
+)  # fmt: skip
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
         flat[f"chance_{name}"] = chance.get(name, nan)
     for name in ("test_size", "train_size", "train_tokens"):
         flat[name] = result.get(name)
-    for name in ("epochs", "learning_rate"):
+    for name in ("epochs", "learning_rate", "evaluations"):
         flat[name] = record["determinants"]["recipe"][name]
     flat["diverged"] = result.get("diverged", "")
     if "scan" in cell:

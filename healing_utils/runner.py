@@ -203,14 +203,15 @@ def run(
         say(f"[{number}/{len(chosen)}] {path.stem}")
         _run_notebook(path, target, passed, say, cell_timeout)
     say(f"All {len(chosen)} notebooks done in {duration(time.monotonic() - start)}")
+    if write_page is None:
+        from healing_utils.page import write_page
+    page = Path(write_page(target))
     if (target / ESTIMATE).exists():
         from healing_utils.plan import compare
 
         for line in compare(target):
             say(line)
-    if write_page is None:
-        from healing_utils.page import write_page
-    return Path(write_page(target))
+    return page
 
 
 def run_shard(

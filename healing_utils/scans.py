@@ -51,6 +51,16 @@ def plan(study: Study, stage: str) -> list[ScanCell]:
     return list(cells.values())
 
 
+def left_out(study: Study) -> list[str]:
+    """A line for each scan of which nothing is computed, because its tasks are not the study's."""
+    there = study.parameters["task"]
+    return [
+        f"scan {name} is left out: its tasks ({', '.join(scan['task'])}) are not among the study's"
+        for name, scan in study.parameters["scans"].items()
+        if "task" in scan and not set(scan["task"]) & set(there)
+    ]
+
+
 def _cells(study: Study, given: dict[str, Any]) -> Iterator[Cell]:
     p = study.parameters
     scan = {field: given.get(field, parameter.default) for field, parameter in SCAN.items()}
@@ -58,10 +68,12 @@ def _cells(study: Study, given: dict[str, Any]) -> Iterator[Cell]:
         if scan[field] is None:
             usual = p[field]
             scan[field] = usual if isinstance(usual, list) else [usual]
-    strangers = [task for task in scan["task"] if task not in p["task"]]
+    # A study of another task keeps the notebooks' own scans of theirs out; `left_out` says so.
+    scan["task"] = [task for task in scan["task"] if task in p["task"]]
+    strangers = [seed for seed in scan["seeds"] if seed not in p["seeds"]]
     if strangers:
         raise HealingError(
-            f"task {strangers[0]!r} is not among the study's: {', '.join(p['task'])}"
+            f"seed {strangers[0]} is not among the study's, {p['seeds']}: it has no intact model"
         )
     states = list(scan["state"])
     if "healed" in states and scan["broken"] and "broken" not in states:

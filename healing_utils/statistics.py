@@ -345,8 +345,7 @@ def claims(
                 row["low"], row["high"], row["p_corrected"], row["smallest_p"],
                 margin=margin, alpha=alpha, missing=missing,
             )  # fmt: skip
-            demonstration = row["claim"] == "A3" and _is_organism(model)
-            row["evidence"] = DEMONSTRATION if demonstration else "evidence"
+            row["evidence"] = evidence_of_side(model) if row["claim"] == "A3" else "evidence"
             rows.append({"model": model, "kind": kind, **row})
     names = [
         "model", "kind", "claim", "statement", "definition", "effect", "low", "high", "n",
@@ -621,6 +620,11 @@ def _no_duplicates(rows: pd.DataFrame, names: list[str], what: str) -> None:
             f"{_count(len(twice), 'duplicate cell')} ({what}); the first is {first}. "
             "Select one recipe, part and strength before comparing."
         )
+
+
+def evidence_of_side(model: str) -> str:
+    """What a comparison of bottom with other layers is worth on a model."""
+    return DEMONSTRATION if _is_organism(model) else "evidence"
 
 
 def _is_organism(model: str) -> bool:

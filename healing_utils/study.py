@@ -172,6 +172,10 @@ class Study:
                 f"task {name}: {what}, {size:,} training examples, "
                 f"{len(data.test):,} scored, metric {data.metric}"
             )
+        if p["scans"]:
+            from healing_utils import scans
+
+            lines += scans.left_out(self)
         made = self.provenance()
         lines.append(
             f"on {made['device']} with {made['threads']} threads, Python {made['python']}, "
@@ -245,10 +249,12 @@ class Study:
         recipe = (recipe or p["recipe"]) if healed else "full"
         name, strength = parse_kind(kind) if corrupted else (kind, None)
         settings = {k: v for k, v in settings.items() if v != p[k] and state != "broken"}
-        if part in OUTER_PARTS and recipe != "full":
-            raise HealingError(f"recipe {recipe!r} is for layers: {part} can be healed by 'full'")
         p = p | settings
         config = models.load_config(model, p["model_revision"])
+        if part in OUTER_PARTS and recipe != "full":
+            raise HealingError(f"recipe {recipe!r} is for layers: {part} can be healed by 'full'")
+        if recipe in ("transplant", "drop") and len(layers) == config.num_hidden_layers:
+            raise HealingError(f"recipe {recipe!r} needs a healthy layer, and all are corrupted")
         data = self.task(task)
         determinants = {
             "numerics": NUMERICS,
@@ -272,6 +278,10 @@ class Study:
                 )
                 if value != usual
             }
+        taught = "teacher" in recipes.RECIPES[recipe].needs
+        if settings and (start != "pre-trained" or taught):
+            # It starts or learns from the intact model, whose training has not these settings.
+            determinants["intact"] = self.cell("intact", model, task, seed).key
         if start != "pre-trained":
             determinants["start"] = start
         if recipe != "full":
@@ -495,11 +505,16 @@ class Study:
     def _train_and_score(
         self, cell: Cell, model: torch.nn.Module, on_step: Callable[..., None]
     ) -> dict[str, Any]:
-        examples = self.examples(cell)
-        training = fine_tune(
-            model, examples.train, examples.validation, **self._training(cell, on_step)
-        )
-        return {**self._score(cell, model), **self._trained(cell, training)}
+        examples, diverged = self.examples(cell), {}
+        try:
+            training = fine_tune(
+                model, examples.train, examples.validation, **self._training(cell, on_step)
+            )
+        except Diverged as error:
+            if cell.plain and cell.state == "intact":  # all else is compared with it
+                raise
+            training, diverged = error.training, {"diverged": str(error)}
+        return {**self._score(cell, model), **self._trained(cell, training), **diverged}
 
     def _trained(self, cell: Cell, training: Training) -> dict[str, Any]:
         examples = self.examples(cell)

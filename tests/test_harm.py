@@ -25,8 +25,8 @@ def cells(*rows, seeds=SEEDS) -> pd.DataFrame:
             "model": "m", "task": "t", "state": "healed", "side": "bottom", "level": 0.5,
             "layers": (0, 1, 2), "kind": "reinit", "strength": math.nan, "harm": "reinit",
             "part": "all", "start": "pre-trained", "recipe": "full", "train_size": 100,
-            "epochs": 2.0, "learning_rate": 1e-3, "scan": "main", "usual": True, "metric": "f1",
-            "chance": 0.5, "test_size": 100, "diverged": "", "key": f"k{number}",
+            "epochs": 2.0, "learning_rate": 1e-3, "evaluations": 3, "scan": "main", "usual": True,
+            "metric": "f1", "chance": 0.5, "test_size": 100, "diverged": "", "key": f"k{number}",
         }  # fmt: skip
         row = plain | {"seed": seed} | row
         if row["state"] in ("intact", "scratch"):
@@ -125,6 +125,7 @@ def test_the_league_finds_what_helps_and_what_hurts():
     }  # fmt: skip
     assert table.loc["drop", "gain"] == pytest.approx(0.1, abs=1e-3)
     assert table.loc["drop", "units_needed"] == 2  # an effect of hundreds of standard deviations
+    assert math.isnan(table.loc["transplant", "units_needed"])  # nothing beyond the margin to show
 
 
 def test_a_recipe_is_compared_on_the_units_that_both_have():
@@ -132,6 +133,24 @@ def test_a_recipe_is_compared_on_the_units_that_both_have():
     table = table[~((table["recipe"] == "drop") & (table["seed"] > 1))]
     found = harm.league(table).set_index("recipe")
     assert found.loc["drop", "n"] == 2 and found.loc["full", "n"] == 2
+
+
+def test_recipes_for_different_layers_are_not_mixed():
+    rows = [
+        {"side": "custom", "layers": (i,), "level": 1 / 6, "score": score}
+        for i, score in enumerate((0.5, 0.8, 0.85))
+    ]
+    rows.append({**rows[0], "recipe": "drop"})
+    table = harm.league(cells(INTACT, *rows)).set_index("recipe")
+    assert set(table["where"]) == {"0"} and (table["n"] == len(SEEDS)).all()
+    assert table.loc["drop", "verdict"] == "same"
+
+
+def test_a_cell_that_a_scan_names_by_its_layers_still_counts_by_side():
+    table = cells(INTACT, {"score": 0.6, "layers": (0,), "level": 1 / 6, "scan": "kinds"})
+    again = table[table["state"] == "healed"].assign(side="custom", scan="layers")
+    both = pd.concat([again, table])
+    assert harm.by_harm(both).equals(harm.by_harm(table)) and len(harm.by_harm(both)) == 1
 
 
 def test_without_recipes_there_is_no_league():
@@ -197,6 +216,14 @@ def test_one_seed_prices_nothing():
     rows = [{"score": 0.89, "train_size": n, "usual": n == 100} for n in (50, 100)]
     found = harm.price(cells(INTACT, *rows, seeds=[0]))
     assert set(found["needed"]) == {"not resolvable: one seed"}
+
+
+def test_a_training_that_broke_off_has_not_reached_the_share():
+    table = cells(INTACT, {"score": 0.89})
+    broke = curves(table, shape=(1.0, 1.0, 1.0))
+    broke = broke[(broke["state"] == "intact") | (broke["seed"] > 0) | (broke["step"] < 30)]
+    found = harm.price_in_steps(broke)
+    assert set(found[found["state"] == "healed"]["needed"]) == {"more than 30"}
 
 
 def test_other_rates_and_epochs_are_not_priced_in_examples():
@@ -266,7 +293,8 @@ def test_the_guidance_names_what_no_gradient_can_heal():
     table = cells(INTACT, {"score": 0.3, "harm": "zero", "kind": "zero"})
     lost = (table["state"] == "healed") & (table["seed"] < 2)
     table.loc[lost, "diverged"] = "the loss is nan"
-    assert "After zero 2 of 5 models could not be trained" in " ".join(harm.guidance(table))
+    said = " ".join(harm.guidance(table))
+    assert "After zero the training of 2 of 5 models broke off" in said
 
 
 def test_the_guidance_is_silent_on_what_was_not_run():

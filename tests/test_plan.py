@@ -205,7 +205,7 @@ def test_a_partly_finished_run_has_the_rest(parameters, finished, tmp_path):
 def test_the_estimate_of_a_real_run_is_within_reason(before, finished):
     assert all(seconds > 0 for s in before.stages for *_, seconds in s.left)
     lines = plan.compare(finished.run_folder)
-    assert lines[0] == "Time of the cells, estimated and measured:"
+    assert lines[0] == "Time of the cells, summed over processes, estimated and measured:"
     assert [line.split()[0] for line in lines[1:]] == [
         *sorted(s.name for s in before.stages if s.left), "all",
     ]  # fmt: skip
@@ -227,9 +227,15 @@ def test_a_run_ends_with_the_comparison(finished, tmp_path, capsys, monkeypatch)
 
 def test_without_an_estimate_there_is_nothing_to_compare(tmp_path):
     assert plan.compare(tmp_path) == []
-    (tmp_path / runner.ESTIMATE).write_text("{")
-    (line,) = plan.compare(tmp_path)
-    assert "cannot be read" in line
+    for damaged in (
+        "{",
+        '{"stages": []}',
+        '{"stages": {"a": {}}}',
+        '{"stages": {"a": {"cells": {"k": 1}}}}',
+    ):
+        (tmp_path / runner.ESTIMATE).write_text(damaged)
+        (line,) = plan.compare(tmp_path)
+        assert "cannot be read" in line
 
 
 # --- The command ----------------------------------------------------------------------------------

@@ -150,12 +150,33 @@ def test_what_no_recipe_can_do_is_refused_when_planning(folder):
     planned = tiny(folder, "a", scans={"bad": {"part": "embeddings", "recipe": "drop"}})
     with pytest.raises(HealingError, match="scan 'bad': recipe 'drop' is for layers"):
         planned.plan("scans")
-    planned = tiny(folder, "a", scans={"bad": {"task": "sst2"}})
-    with pytest.raises(HealingError, match="scan 'bad': task 'sst2' is not among the study's"):
+    planned = tiny(folder, "a", scans={"bad": {"levels": 1, "recipe": "drop"}})
+    with pytest.raises(HealingError, match="scan 'bad': recipe 'drop' needs a healthy layer"):
+        planned.plan("scans")
+    planned = tiny(folder, "a", scans={"bad": {"seeds": [0, 7]}})
+    with pytest.raises(HealingError, match="scan 'bad': seed 7 is not among the study's"):
         planned.plan("scans")
     planned = tiny(folder, "a", scans={"bad": {"layers": [[0, 7]]}})
     with pytest.raises(HealingError, match="scan 'bad': layer 7 does not exist"):
         planned.plan("scans")
+
+
+def test_scans_of_other_tasks_are_left_out_and_said(folder):
+    """The notebooks' own scans name the organism's task: a study of another has none of them."""
+    planned = tiny(folder, "a", scans={"layers": {"task": "sentiment", "layers": "each"}})
+    assert planned.plan("scans") == planned.plan("harms") == []
+    assert "scan layers is left out: its tasks (sentiment)" in planned.describe()
+
+
+def test_a_cell_that_leans_on_the_intact_model_knows_how_that_was_trained(folder):
+    def key(size, **scan):
+        scan = {"levels": "1/3", "sides": "bottom", "seeds": 0, "train_size": 16, **scan}
+        (cell,) = tiny(folder, "a", train_size=size, scans={"one": scan}).plan("scans")
+        return cell.key
+
+    for leaning in ({"start": "fine-tuned"}, {"recipe": "distillation"}):
+        assert key(32, **leaning) != key(16, **leaning)
+    assert key(32, recipe="drop") == key(16, recipe="drop")
 
 
 # --- Records --------------------------------------------------------------------------------------
