@@ -170,6 +170,9 @@ def claims_by_harm(
         table = statistics.claims(
             pd.concat([own, part]), kind=kind, grid=grid(harm) if main else None
         )
+        broke = int((part["diverged"] != "").sum())
+        if broke:  # their scores are those of destroyed models, on either side
+            table["reason"] += f"; {broke} of {len(part)} trainings broke off"
         found.append(table.assign(kind=harm))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 from helpers import save_tiny_bert, tiny_study, write_planted_task
 
 from healing_utils import harm, harm_figures, results, statistics
+from healing_utils.errors import HealingError
 from healing_utils.figures import alt_text
 from healing_utils.study import Study
 
@@ -323,11 +326,10 @@ def run(tmp_path_factory):
     }  # fmt: skip
     parameters = tiny_study(folder / "run", folder / "model", folder / "task", scans=scans)
     study = Study(parameters)
-    import os
-
-    os.environ["HEALING_PROGRESS"] = "quiet"
-    for stage in ("baseline", "corruption", "harms", "recovery", "scans"):
-        study.run(stage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEALING_PROGRESS", "quiet")
+        for stage in ("baseline", "corruption", "harms", "recovery", "scans"):
+            study.run(stage)
     return study.run_folder
 
 
@@ -368,6 +370,18 @@ def test_every_table_and_figure_is_made_from_a_run(run):
     for figure in drawn:
         assert figure.caption and len(alt_text(figure)) > 40
         assert "nan" not in figure.caption + figure.alt
+
+
+def test_a_run_that_stopped_in_its_scans_still_shows_what_is_broken(run, tmp_path):
+    """02 comes before 03, also when a run goes on: it must not ask for what 03 has yet to do."""
+    shutil.copytree(run, tmp_path / "run")
+    plan = json.loads((run / "plans" / "scans.json").read_text())["cells"]
+    entry = next(c for c in plan if c["cell"]["recipe"] == "drop")
+    (tmp_path / "run" / "records" / entry["stage"] / f"{entry['key']}.json").unlink()
+    with pytest.raises(HealingError, match="lacks 1 planned cells of 'scans'"):
+        harm.gather(tmp_path / "run")
+    shown = harm.gather(tmp_path / "run", ("baseline", "corruption", "harms"))
+    assert set(shown["state"]) == {"intact", "broken"}
 
 
 def test_what_a_kind_does_to_the_weights_is_read_from_the_records(run):
