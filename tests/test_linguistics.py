@@ -16,7 +16,15 @@ from families import tiny_config
 from helpers import CUES, FILLERS, save_tiny_bert, tiny_study, write_planted_task
 from test_activations import tokenizer_of
 
-from healing_utils import linguistics, load_results, load_task, models, results, statistics
+from healing_utils import (
+    executors,
+    linguistics,
+    load_results,
+    load_task,
+    models,
+    results,
+    statistics,
+)
 from healing_utils.errors import HealingError
 from healing_utils.study import PROBING_STAGES, Study
 
@@ -76,11 +84,12 @@ def test_models_of_tasks_that_no_task_stage_planned_are_trained_and_scored(
     other = write_planted_task(tmp_path / "other", seed=3)
     study = Study({**parameters, "run": str(tmp_path / "run"), "probe_tasks": [str(other)]})
     asked = []
-    helping = linguistics.Study.run.__globals__["helping"]
-    monkeypatch.setitem(
-        linguistics.Study.run.__globals__, "helping",
+    helping = executors.helping
+    monkeypatch.setattr(
+        executors,
+        "helping",
         lambda given, stage, count: asked.append((stage, count)) or helping(given, stage, 0),
-    )  # fmt: skip
+    )
     linguistics.score_networks(Study({**study.parameters, "workers": 2}))
     cells = study.plan("networks")
     # Two seeds: intact of both tasks, and broken and healed by side of the study's own.
