@@ -182,7 +182,8 @@ def harm_curves(table: pd.DataFrame, columns: int = 2) -> Figure:
         axis.set_yticks(range(len(keys)), [f"{harm_name(h)}, {as_fraction(x)}" for h, x in keys])
         axis.set_ylim(len(keys) - 0.5, -0.5)
         low = max(float(part["retained"].min()), 0.0)
-        axis.set_xlim(low - 0.03 if np.isfinite(low) else 0.0, None)
+        high = max(1.0, part["retained"].max())
+        axis.set_xlim(low - 0.03 if np.isfinite(low) else 0.0, high + 0.06)
         axis.set_xlabel("score as share of intact")
     for axis in axes:
         if axis not in _left_of_rows(figure):
@@ -200,8 +201,8 @@ def harm_curves(table: pd.DataFrame, columns: int = 2) -> Figure:
     figure.caption = f"""
         Retained score by kind of harm (with its strength) and share of the layers hit,
         {_models(models)}: healed by full fine-tuning, mean over n = {" or ".join(map(str, n))}
-        seeds with 95 % t-intervals (none for one seed); crosses: broken, not trained again. Line
-        at 1: intact. {_organism_note(models)}"""
+        seeds with 95 % t-intervals (none for one seed; cut at the panel's edge); crosses: broken,
+        not trained again. Line at 1: intact. {_organism_note(models)}"""
     healed = table[table["state"] == "healed"]
     figure.alt = "Dot plot of retained score by kind of harm. Healed: " + "; ".join(
         f"{row.task} {harm_name(row.harm)} {row.side} {as_fraction(row.level)} {row.retained:.2f}"
