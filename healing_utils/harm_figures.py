@@ -222,7 +222,7 @@ def league_figure(table: pd.DataFrame) -> Figure:
     models = list(dict.fromkeys(table["model"]))
     starts = table["start"].nunique()
     recipes = list(table.groupby("recipe")["gain"].mean().sort_values(ascending=False).index)
-    figure, axes = _panels(len(panels), 2, height=0.7 + 0.24 * len(recipes))
+    figure, axes = _panels(len(panels), 2, height=0.7 + 0.24 * len(recipes), sharex=True)
     place = {name: i for i, name in enumerate(recipes)}
     colors = {"better": "#0072B2", "worse": "#D55E00"}
     for axis, (key, part) in zip(axes, panels, strict=True):
