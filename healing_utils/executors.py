@@ -18,7 +18,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from healing_utils.errors import HealingError, choose
 from healing_utils.workers import helping
@@ -69,14 +69,18 @@ class InProcess:
             cells = waiting
 
 
+def further_workers(parameters: Mapping[str, Any], cells: int) -> int:
+    """How many processes share so many missing cells with this one."""
+    return min(parameters["workers"] - 1, cells // CELLS_FOR_A_WORKER)
+
+
 class Workers(InProcess):
     """As in this process, with further ones that share the cells."""
 
     def outcomes(
         self, study: Study, stage: str, cells: list[Cell], note: Callable[[str], None]
     ) -> Iterator[Outcome]:
-        count = min(study.parameters["workers"] - 1, len(cells) // CELLS_FOR_A_WORKER)
-        with helping(study.parameters, stage, count):
+        with helping(study.parameters, stage, further_workers(study.parameters, len(cells))):
             yield from super().outcomes(study, stage, cells, note)
 
 

@@ -50,8 +50,7 @@ def gather(
     cells = pd.concat([t for t in tables if len(t)], ignore_index=True)
     cells["scan"] = cells["scan"].fillna("main") if "scan" in cells else "main"
     cells["level"] = cells["level"].astype(float).round(6)
-    strengths = cells["strength"].astype(float)
-    cells["harm"] = [spell_kind(k, s) for k, s in zip(cells["kind"], strengths, strict=True)]
+    cells["harm"] = _harms(cells)
     cells["part"] = cells["part"].fillna("none")
     unit = ["model", "task", "seed"]
     main = cells[(cells["state"] == "intact") & (cells["scan"] == "main")]
@@ -67,6 +66,17 @@ def gather(
     cells["loss"] = cells["intact"] - cells["score"]
     cells["retained"] = (cells["score"] / cells["intact"]).where(cells["intact"] > 0)
     return cells.drop(columns=[f"usual_{name}" for name in BUDGET])
+
+
+def _harms(cells: pd.DataFrame) -> list[str]:
+    """Each row's kind with its strength."""
+    strengths = cells["strength"].astype(float)
+    return [spell_kind(k, s) for k, s in zip(cells["kind"], strengths, strict=True)]
+
+
+def harm_name(harm: str) -> str:
+    """``bits_bfloat16=0.001`` for people: ``bits bfloat16 0.001``."""
+    return harm.replace("_", " ").replace("=", " ")
 
 
 def _once(cells: pd.DataFrame, by: Sequence[str] = ("key",)) -> pd.DataFrame:
@@ -137,9 +147,7 @@ def most_kinds(broken: pd.DataFrame) -> pd.DataFrame:
     """The rows of `results.load_similarity` or `results.load_changes` at the place (model, task,
     side, level, seed) that the most kinds of harm have in common, of whole layers, with a column
     `harm`."""
-    strengths = broken["strength"].astype(float)
-    harms = [spell_kind(k, s) for k, s in zip(broken["kind"], strengths, strict=True)]
-    whole = broken.assign(harm=harms)[(broken["part"] == "all").to_numpy()]
+    whole = broken.assign(harm=_harms(broken))[(broken["part"] == "all").to_numpy()]
     places = whole.groupby(["model", "task", "side", "level", "seed"], sort=False)
     if whole.empty:
         raise HealingError("no whole layers were corrupted: no place that kinds have in common")
@@ -373,10 +381,7 @@ def price_in_steps(curves: pd.DataFrame, shares: Iterable[float] = SHARES) -> pd
     """
     warm = curves["recipe"].isin(["mlm_warm_up", "distillation"])
     curves = curves[curves["score"].notna() & ~warm & (curves["side"] != "random")].copy()
-    curves["harm"] = [
-        spell_kind(k, s)
-        for k, s in zip(curves["kind"], curves["strength"].astype(float), strict=True)
-    ]
+    curves["harm"] = _harms(curves)
     unit = ["model", "task", "seed"]
     main = curves[(curves["state"] == "intact") & (curves["scan"] == "main")]
     ends = main.sort_values("step").groupby(unit, sort=False).tail(1)
@@ -416,7 +421,8 @@ def _setting(row: pd.Series) -> str:
         return str(row["state"])
     layers = ", ".join(map(str, row["layers"]))
     where = f"layer {layers}" if row["side"] == "custom" else _place(row)
-    words = [row["part"].replace("_", " ") if row["side"] == "none" else where, _harm(row)]
+    place = row["part"].replace("_", " ") if row["side"] == "none" else where
+    words = [place, harm_name(row["harm"])]
     if row["part"] != "all" and row["side"] != "none":
         words.append(row["part"].replace("_", " "))
     if row["start"] != "pre-trained":
@@ -657,14 +663,14 @@ def _which_harm(table: pd.DataFrame) -> list[str]:
         return []
     worst, best = healed.iloc[0], healed.iloc[-1]
     lines = [
-        f"Of the kinds of harm to the bottom half on {worst['task']}, {_harm(worst)} is the "
-        f"hardest to heal ({_ci(worst, 'retained')} of intact) and {_harm(best)} the easiest "
-        f"({_ci(best, 'retained')})."
+        f"Of the kinds of harm to the bottom half on {worst['task']}, {harm_name(worst['harm'])} "
+        f"is the hardest to heal ({_ci(worst, 'retained')} of intact) and "
+        f"{harm_name(best['harm'])} the easiest ({_ci(best, 'retained')})."
     ]
     broken = half[half["state"] == "broken"].groupby("harm")["retained"].min()
     harmless = [h for h, value in broken.items() if value >= 0.99]
     if harmless:
-        names = ", ".join(h.replace("_", " ").replace("=", " ") for h in harmless)
+        names = ", ".join(map(harm_name, harmless))
         lines.append(f"Harmless without any healing, at 0.99 of intact or more: {names}.")
     return lines
 
@@ -676,22 +682,18 @@ def _beyond_healing(cells: pd.DataFrame) -> list[str]:
     for harm, part in trained.groupby("harm", sort=False):
         failed = int((part["diverged"] != "").sum())
         if failed:
-            name = harm.replace("_", " ").replace("=", " ")
             lines.append(
-                f"After {name} the training of {failed} of {len(part)} models broke off: their "
-                "loss was not finite."
+                f"After {harm_name(harm)} the training of {failed} of {len(part)} models broke "
+                "off: their loss was not finite."
             )
     return lines
-
-
-def _harm(row: pd.Series) -> str:
-    return str(row["harm"]).replace("_", " ").replace("=", " ")
 
 
 def _keep_or_start_anew(table: pd.DataFrame) -> list[str]:
     if table.empty:
         return []
-    table = table.assign(where=[f"{_place(row)} {_harm(row)}" for _, row in table.iterrows()])
+    where = [f"{_place(row)} {harm_name(row['harm'])}" for _, row in table.iterrows()]
+    table = table.assign(where=where)
     keep = table[table["effect_low"] > MARGIN]
     anew = table[table["effect_high"] < -MARGIN]
     open_ = table[~table.index.isin([*keep.index, *anew.index])]
@@ -717,7 +719,7 @@ def _which_aid(table: pd.DataFrame) -> list[str]:
     by = ["start", "side", "level", "where", "harm"]
     for (start, *_), part in table.groupby(by, sort=False):
         first = part.iloc[0]
-        kind = _harm(first) + ("" if start == "pre-trained" else f", {start}")
+        kind = harm_name(first["harm"]) + ("" if start == "pre-trained" else f", {start}")
         place = f"{_place(first)} ({kind})"
         others = part[part["recipe"] != "full"]
         if others.empty:

@@ -27,6 +27,7 @@ from healing_utils.figures import (
     _short_numbers,
     _summary,
 )
+from healing_utils.harm import harm_name
 from healing_utils.statistics import as_fraction
 
 PARTS = ("all", "attention", "query", "key", "value", "attention_output", "feed_forward",
@@ -45,11 +46,6 @@ RECIPE_NAMES = {
     "mlm_warm_up": "masked-language warm-up",
     "distillation": "distilled hidden states",
 }
-
-
-def harm_name(harm: str) -> str:
-    """``bits_bfloat16=0.001`` for people: ``bits bfloat16 0.001``."""
-    return harm.replace("_", " ").replace("=", " ")
 
 
 @_figure

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from healing_utils.executors import further_workers
 from healing_utils.records import Store, canonical, write_atomically
 from healing_utils.runner import ESTIMATE, duration
 
@@ -553,9 +554,9 @@ class Plan:
 
 
 def processes(parameters: Mapping[str, Any], left: int) -> int:
-    """Processes that compute at once when a stage has `left` cells, see `Study.run`; no more than
-    the machine's cores carry."""
-    wanted = 1 + min(parameters["workers"] - 1, left // 3)
+    """Processes that compute at once when a stage has `left` cells; no more than the machine's
+    cores carry."""
+    wanted = 1 + further_workers(parameters, left)
     return max(1, min(wanted, cores() // parameters["threads"]))
 
 

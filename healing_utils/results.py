@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas
 
 TASK_STAGES = ("baseline", "corruption", "recovery")
-SCAN_STAGES = ("harms", "scans")
+SCAN_STAGES = ("harms", "scans")  # broken and trained cells beside the main grid, see `scans`
 STAGES = (*TASK_STAGES, *SCAN_STAGES, "probing", "neurons")
 COLUMNS = (
     "model", "task", "state", "side", "level", "kind", "part", "strength", "layers", "n_layers",

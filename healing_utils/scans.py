@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from healing_utils.study import Study
 
 BUDGET = ("train_size", "epochs", "learning_rate", "evaluations")
-TRAINED = ("healed", "intact", "scratch")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from healing_utils.parameters import read_parameters
 from healing_utils.paths import run_folder
 from healing_utils.progress import Progress
 from healing_utils.records import Store, canonical, digest, write_atomically
-from healing_utils.results import table
+from healing_utils.results import SCAN_STAGES, table
 from healing_utils.similarity import layer_similarity
 from healing_utils.training import (
     Diverged,
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 # and are no longer taken for finished cells.
 NUMERICS = 3
 STAGES = ("baseline", "corruption", "recovery")
-SCAN_STAGES = ("harms", "scans")  # broken and trained cells beside the main grid, see `scans`
 PROBING_STAGES = ("probing", "neurons")
 RECIPE = (
     "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm",
