@@ -53,8 +53,9 @@ lab: $(READY)  ## Open the notebooks in JupyterLab
 report: $(READY)  ## Write the page of the newest run again
 	@$(BIN)/healing report $(ARGS)
 
+# With the memory settings that `healing run` gives its kernels; the peers get them too.
 bench: $(READY)  ## Measure the training loop against its peers
-	@$(BIN)/python tests/benchmarks/throughput.py $(ARGS)
+	@GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tests/benchmarks/throughput.py $(ARGS)
 
 bench-probing: $(READY)  ## Measure the probes against NeuroX (NEUROX=its python) and scikit-learn
 	@$(BIN)/python tests/benchmarks/probing.py $(if $(NEUROX),--neurox $(NEUROX)) $(ARGS)

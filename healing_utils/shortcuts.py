@@ -6,16 +6,17 @@
 - `cut_embeddings`: only the rows of the embedding table that the task's ids use;
 - `LowWeights`: in bfloat16, weights cast once a step instead of at every use; on a CPU the states
   between the layers' products stay in bfloat16 too;
-- `keep_freed_memory`: no fresh pages from the system at every step.
+- `keep_freed_memory`: no fresh pages from the system at every step;
+- `own_memory`: weights are copied from their file at once, not page by page.
 
-Each but the last is taken back when its block ends; what cannot take one goes on without it.
+Each but the last two is taken back when its block ends; what cannot take one goes on without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -322,7 +323,15 @@ class LowWeights:
             if full.requires_grad and id(full) not in tied
         ]
         self.low = {full: nn.Parameter(full.detach().to(dtype)) for _, _, full in self.places}
-        self.gradients = {full: torch.empty_like(full) for full in self.low}  # allocated once
+        # Side by side in one block, so that their norm is one product; each starts as aligned, at
+        # 64 bytes, as memory of its own would.
+        sizes = [-(-full.numel() // 16) * 16 for full in self.low]
+        device = self.places[0][2].device if self.places else None
+        self.block = torch.zeros(sum(sizes), device=device)
+        self.gradients = {
+            full: slot[: full.numel()].view(full.shape)
+            for full, slot in zip(self.low, self.block.split(sizes), strict=True)
+        }
 
     def __enter__(self) -> LowWeights:
         for module, name, full in self.places:
@@ -347,12 +356,18 @@ class LowWeights:
         """Add the gradients to those of the float32 parameters, in float32."""
         for full, low in self.low.items():
             if low.grad is None:
+                if full.grad is None:
+                    self.gradients[full].zero_()
                 continue
             if full.grad is None:
                 full.grad = self.gradients[full].copy_(low.grad)
             else:
                 full.grad.add_(low.grad)
             low.grad = None
+
+    def norm(self) -> torch.Tensor:
+        """Of all gradients collected since they were last cleared."""
+        return self.block.dot(self.block).sqrt()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -362,6 +377,17 @@ class LowWeights:
 
 
 # --- Memory ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def own_memory(parameters: Iterable[nn.Parameter]) -> None:
+    """Copy loaded weights to memory of their own.
+
+    They are mapped from their file, aligned as it happens: the first write would copy them page by
+    page, at several times the cost, and every later pass reads them across cache lines.
+    """
+    for parameter in parameters:
+        parameter.data = parameter.detach().clone()
 
 
 def keep_freed_memory() -> None:

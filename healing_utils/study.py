@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 # Raised whenever a change makes the same parameters give other numbers: old records stay readable
 # and are no longer taken for finished cells.
 NUMERICS = 3
+MIXED_NUMERICS = 1  # beside it, where bfloat16 or float16 is asked for
 STAGES = ("baseline", "corruption", "recovery")
 PROBING_STAGES = ("probing", "neurons")
 RECIPE = (
@@ -256,7 +257,9 @@ class Study:
             raise HealingError(f"recipe {recipe!r} needs a healthy layer, and all are corrupted")
         data = self.task(task)
         determinants = {
-            "numerics": NUMERICS,
+            "numerics": NUMERICS
+            if p["precision"] in ("auto", "float32")
+            else [NUMERICS, MIXED_NUMERICS],
             "state": state,
             "model": models.identity(model, p["model_revision"]),
             "data": self._content(task, seed, p["train_size"]),

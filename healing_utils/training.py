@@ -7,7 +7,8 @@ What makes it faster than a general trainer, none of it changing the gradients:
   random numbers are drawn faster, and the word-embedding table holds only the rows that the task's
   ids use (`shortcuts`);
 - AdamW and gradient clipping run fused, over all parameters in one call;
-- a CPU's memory is kept from step to step, and bfloat16 weights are cast once a step (`shortcuts`);
+- weights lie in memory of their own, a CPU's memory is kept from step to step, and bfloat16 weights
+  are cast once a step (`shortcuts`);
 - mixed precision where the device computes it natively.
 """
 
@@ -33,6 +34,7 @@ from healing_utils.shortcuts import (
     cut_embeddings,
     first_token_layers,
     keep_freed_memory,
+    own_memory,
     quick_dropout,
 )
 
@@ -159,9 +161,10 @@ def _epoch(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> li
 
 
 def _probe_rows(lengths: np.ndarray) -> np.ndarray:
-    """A few examples whose batch has padding where any batch has."""
+    """A few short examples whose batch has padding where any batch has."""
     order = np.argsort(lengths, kind="stable")
-    return order[np.unique([0, len(order) // 2, len(order) - 1])]
+    longer = int(np.searchsorted(lengths[order], lengths[order[0]], side="right"))
+    return order[np.unique([0, len(order) // 2, min(longer, len(order) - 1)])]
 
 
 def _by_budget(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
@@ -225,10 +228,13 @@ def _restore_random_state(states: list[torch.Tensor], device: torch.device) -> N
         torch.cuda.set_rng_state(state, device)
 
 
-def _clip_divisor(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+def _clip_divisor(parameters: list[nn.Parameter], low: LowWeights, max_norm: float) -> torch.Tensor:
     """What to divide the gradients by so that their norm is at most `max_norm`; at least 1."""
-    norms = [p.grad for p in parameters if p.grad is not None]
-    return (nn.utils.get_total_norm(norms, foreach=True) / max_norm).clamp_(min=1.0)
+    others = [p.grad for p in parameters if p.grad is not None and p not in low.gradients]
+    norm = nn.utils.get_total_norm(others, foreach=True)
+    if low.gradients:
+        norm = torch.hypot(norm, low.norm())
+    return (norm / max_norm).clamp_(min=1.0)
 
 
 def _parameter_groups(
@@ -378,25 +384,26 @@ def fine_tune(
         bar or contextlib.nullcontext(),
         seeded(seed, device),
         quick_dropout(model),
-        # An objective of its own may read any token of any layer, and ids that are not in `train`.
-        first_token_layers(model, collate(train, _probe_rows(lengths), device))
-        if objective is None
-        else contextlib.nullcontext("nothing") as layers,
-        cut_embeddings(model, train, *others)
-        if objective is None
-        else contextlib.nullcontext({"decay": 1.0}) as cut,
-        contextlib.ExitStack() as resources,
+        contextlib.ExitStack() as shortened,
     ):
+        # An objective of its own may read any token of any layer, ids that are not in `train`, and
+        # the weights themselves.
+        cut = {"decay": 1.0}
+        if objective is None:
+            cut = shortened.enter_context(cut_embeddings(model, train, *others))
         parameters = [p for p in model.parameters() if p.requires_grad]
+        if device.type == "cpu":
+            own_memory(parameters)
+        if objective is None:
+            some = collate(train, _probe_rows(lengths), device)
+            done.shortcut = shortened.enter_context(first_token_layers(model, some))
         table = model.get_input_embeddings().weight
         groups = _parameter_groups(model, weight_decay, rates or {})
         table_rate = next((g["factor"] for g in groups for p in g["params"] if p is table), 1.0)
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-        # An objective of its own may compute with the weights themselves.
         halved = precision == "bfloat16" and objective is None
-        low = resources.enter_context(LowWeights(model, torch.bfloat16 if halved else None))
+        low = shortened.enter_context(LowWeights(model, torch.bfloat16 if halved else None))
         batches: list[np.ndarray] = []
-        done.shortcut = layers
         model.train()
         start = time.perf_counter()
         for step in range(steps):
@@ -425,7 +432,7 @@ def fine_tune(
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
             else:  # the fused optimizer divides as it goes: one pass over the gradients less
-                optimizer.grad_scale = _clip_divisor(parameters, max_grad_norm)
+                optimizer.grad_scale = _clip_divisor(parameters, low, max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             low.refresh()

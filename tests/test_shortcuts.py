@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from transformers import BertForMaskedLM
 
 from healing_utils import shortcuts, training
 from healing_utils.encoders import encoder_layers
-from healing_utils.shortcuts import LowWeights, dropout, first_token_layers, quick_dropout
+from healing_utils.shortcuts import (
+    LowWeights,
+    dropout,
+    first_token_layers,
+    own_memory,
+    quick_dropout,
+)
 from healing_utils.training import collate, fine_tune
 
 SHORTENED = {"bert", "roberta", "electra", "distilbert"}
@@ -296,6 +303,7 @@ def test_low_weights_add_up_in_float32_follow_the_optimizer_and_go():
             place.weight.grad = torch.full_like(place.weight, part)
             low.collect()
         assert torch.equal(full.grad, torch.full_like(full, 1 + 2.0**-10))
+        assert math.isclose(low.norm(), full.grad.norm(), rel_tol=1e-6)  # of no other: none had any
         with torch.no_grad():
             full.add_(1)
         low.refresh()
@@ -308,6 +316,31 @@ def test_low_weights_add_up_in_float32_follow_the_optimizer_and_go():
     assert all(p is names[name] for name, p in model.named_parameters())
     full.data.sub_(1)
     assert largest_difference(weights(model), before) < 1e-6
+
+
+def test_the_norm_of_low_gradients_forgets_those_of_an_earlier_step():
+    model = classifier()
+    first, second = model.bert.pooler.dense, model.classifier
+    with LowWeights(model, torch.bfloat16) as low:
+        for place in (first, second):
+            place.weight.grad = torch.ones_like(place.weight)
+            low.collect()
+            assert math.isclose(low.norm(), place.weight.numel() ** 0.5, rel_tol=1e-6)
+            for parameter in low.low:
+                parameter.grad = None
+
+
+def test_owned_weights_are_copies_in_aligned_memory():
+    values = torch.arange(101.0)
+    parameter = torch.nn.Parameter(values[1:])  # four bytes off
+    module = torch.nn.Module()
+    module.one = module.other = parameter
+    own_memory([parameter])
+    with torch.no_grad():
+        module.one.add_(1)
+    assert torch.equal(module.other, torch.arange(1, 101.0) + 1)
+    assert torch.equal(values, torch.arange(101.0))
+    assert parameter.data_ptr() % 64 == 0 and module.one is module.other is parameter
 
 
 def test_tied_and_frozen_weights_stay_and_float32_takes_none():

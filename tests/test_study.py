@@ -197,6 +197,11 @@ def test_a_key_changes_with_model_data_and_numerics(finished, folder, tmp_path, 
     assert not before & keys(another(finished, model=str(other)))
     other = write_planted_task(tmp_path / "task", seed=1)
     assert not before & keys(another(finished, task=str(other)))
+    mixed = keys(another(finished, precision="bfloat16"))
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "MIXED_NUMERICS", study.MIXED_NUMERICS + 1)
+        assert before == keys(another(finished))
+        assert not mixed & keys(another(finished, precision="bfloat16"))
     monkeypatch.setattr(study, "NUMERICS", study.NUMERICS + 1)
     assert not before & keys(another(finished))
 

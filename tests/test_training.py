@@ -194,12 +194,16 @@ def test_tied_and_frozen_embeddings_are_left_alone():
     assert torch.equal(frozen.get_input_embeddings().weight, before)
 
 
-def test_dividing_in_the_optimizer_is_clipping_the_gradients():
-    parameters = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(7))]
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_dividing_in_the_optimizer_is_clipping_the_gradients(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.LayerNorm(7))
+    parameters = list(model.parameters())
+    low = training.LowWeights(model, dtype)
+    assert len(low.gradients) == (0 if dtype is None else 2)  # the rest is normed as it lies
     for scale in (0.01, 10.0):  # below the norm that is allowed, and above it
         for p in parameters:
-            p.grad = scale * torch.randn_like(p)
-        divisor = training._clip_divisor(parameters, 1.0)
+            p.grad = low.gradients.get(p, torch.empty_like(p)).copy_(scale * torch.randn_like(p))
+        divisor = training._clip_divisor(parameters, low, 1.0)
         divided = [p.grad / divisor for p in parameters]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         # torch adds 1e-6 to the norm that it divides by.

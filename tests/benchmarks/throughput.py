@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import tempfile
 import time
@@ -192,6 +193,7 @@ def measure(work: argparse.Namespace) -> dict:
         "scored": len(scored),
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "versions": {name: version(name) for name in PACKAGES},
+        "malloc": os.environ.get("GLIBC_TUNABLES", "as it is"),
         "matrix_gflops": rate,
         "limit_tokens_per_second": limit,
         "tokens_per_second": speeds,
@@ -213,7 +215,7 @@ def markdown(result: dict) -> str:
     lines = [
         f"{work['model']} on {work['task']}, {work['epochs']} epoch of {work['examples']:,} "
         f"phrases ({result['tokens']:,} tokens), batches of 32, float32 unless said, "
-        f"{work['threads']} threads. Ours and the fastest peer of each precision: medians of "
+        f"{work['threads']} threads, malloc {result['malloc']}. Ours and the fastest peer of each precision: medians of "
         f"{work['repeats']} runs, taken in turn; the others: one run.",
         "",
         "| setting | tokens/s | of run_glue.py's | share of the float32 limit |",
