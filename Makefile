@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test test-cluster lab report lock badges bench bench-probing colab-check lint clean
+.PHONY: help study test test-cluster lab report lock badges bench growth colab-check lint clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -53,12 +53,23 @@ lab: $(READY)  ## Open the notebooks in JupyterLab
 report: $(READY)  ## Write the page of the newest run again
 	@$(BIN)/healing report $(ARGS)
 
-# With the memory settings that `healing run` gives its kernels; the peers get them too.
-bench: $(READY)  ## Measure the training loop against its peers
-	@GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tests/benchmarks/throughput.py $(ARGS)
+# NeuroX's own pins are from 2021: it gets its code alone, and this environment's libraries.
+$(VENV)/.neurox: $(READY)
+	@$(PYTHON) -m venv $(VENV)/neurox
+	@$(VENV)/neurox/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+	  neurox==1.0.9 svgwrite imbalanced-learn h5py sklearn-compat
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	  > "$$($(VENV)/neurox/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/healing.pth"
+	@touch $@
 
-bench-probing: $(READY)  ## Measure the probes against NeuroX (NEUROX=its python) and scikit-learn
-	@$(BIN)/python tests/benchmarks/probing.py $(if $(NEUROX),--neurox $(NEUROX)) $(ARGS)
+# With the memory settings that `healing run` gives its kernels; the peers get them too.
+bench: $(VENV)/.neurox  ## Measure training and probing against their peers; needs MiniLM and data
+	@export GLIBC_TUNABLES=glibc.malloc.hugetlb=1; \
+	$(BIN)/python tests/benchmarks/throughput.py $(ARGS); \
+	$(BIN)/python tests/benchmarks/probing.py --neurox $(VENV)/neurox/bin/python
+
+growth: $(READY)  ## Measure how time and memory grow, and draw it
+	@$(BIN)/python tests/benchmarks/growth.py $(ARGS)
 
 colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
 	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/test_colab.py $(ARGS)

@@ -1,10 +1,6 @@
 """Extraction and layer probes beside NeuroX 1.0.9 and scikit-learn, on the same words and labels.
 
-    python -m venv NEUROX
-    NEUROX/bin/pip install --no-deps neurox==1.0.9     # its own pins are from 2021
-    NEUROX/bin/pip install torch==2.13.0 transformers==5.23.0 numpy h5py scikit-learn scipy \
-        seaborn svgwrite tqdm imbalanced-learn
-    make bench-probing NEUROX=NEUROX/bin/python
+    make bench
 
 The work: chunks of the first 400 training and 100 test sentences of CoNLL-2000 (from nltk),
 MiniLM-L6, the last subword of a word, seven probes fitted and scored. Both sides run one after the
@@ -242,8 +238,29 @@ def measure(work: argparse.Namespace) -> dict[str, Any]:
         ends.append(sum(s for name, s in again["seconds"].items() if name != "ranking"))
     print(f"ours: {ends} s, {ours['seconds']}", flush=True)
 
+    from throughput import matrix_rate
+    from transformers import AutoModel, AutoTokenizer
+
+    from healing_utils.activations import align
+
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    tokens = sum(align(tokenizer, words).windows.tokens for words, _ in corpus.values())
+    body = sum(
+        p.numel()
+        for name, p in AutoModel.from_pretrained(work.model).named_parameters()
+        if "encoder" in name and p.ndim > 1
+    )
+    layers, words, hidden = ours["train"].shape
+    # Logits and the gradient of the weights: a product each, two operations a weight and word.
+    sweep = 2 * 2 * layers * words * hidden * len(ours["names"])
     result = {
         "work": vars(work),
+        "matrix_gflops": matrix_rate(),
+        "tokens": tokens,
+        "gflop": {
+            "extraction": 2 * body * tokens / 1e9,
+            "probes": sweep * float(np.mean(ours["probes"].iterations)) / 1e9,
+        },
         "words": {part: int(ours[part].shape[1]) for part in FILES},
         "shape": list(ours["train"].shape),
         "classes": len(ours["names"]),
@@ -334,12 +351,21 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{work['model']} on CoNLL-2000 chunks: {work['train']} and {work['test']} sentences "
         f"({result['words']['train']:,} and {result['words']['test']:,} words), {layers} layers of "
-        f"{hidden} features, {result['classes']} classes, {work['threads']} threads. Ours: "
+        f"{hidden} features, {result['classes']} classes, {result['tokens']:,} tokens, "
+        f"{work['threads']} threads. Ours: "
         f"l1 {work['l1']:g}, l2 {work['l2']:g}, to a duality gap of {work['tolerance']:g} of the "
         f"objective ({min(ours['iterations'])} to {max(ours['iterations'])} iterations); median of "
         f"{len(ours['end_to_end'])} runs.",
         "",
     ]
+    for name in ("extraction", "probes"):
+        limit = result["gflop"][name] / result["matrix_gflops"]
+        seconds = ours["seconds"][name]
+        lines.append(
+            f"- {name}: {seconds:.2f} s, of which the matrix products need {limit:.2f} s "
+            f"({limit / seconds:.0%}) at this machine's {result['matrix_gflops']:.0f} GFLOP/s"
+        )
+    lines.append("")
     if "neurox" in result:
         peer, ratio = result["neurox"], result["neurox"]["end_to_end"] / end
         gained = np.subtract(ours["accuracy"], peer["accuracy"])

@@ -5,8 +5,9 @@
 
 The work: one epoch of 1,000 phrases in batches of 32, every setting on the same phrases, timed
 after import and after a warm-up, one at a time; the fastest Trainer setting of each precision and
-ours, several times in turn. Tokens are counted without padding. Then the scores of the same
-phrases, trained on for some epochs. Writes ``results.json`` and ``results.md`` beside this file.
+ours, several times in turn. Tokens are counted without padding. Then where ours spends its time,
+and the scores of the same phrases, trained on for some epochs. Writes ``results.json`` and
+``results.md`` beside this file.
 """
 
 from __future__ import annotations
@@ -42,6 +43,19 @@ OURS = {
     "healing_utils.fine_tune": {"precision": "float32"},
     "healing_utils.fine_tune, bfloat16": {"precision": "bfloat16"},
 }
+# Operators by what they are for; the rest is Python, dispatch and whatever is short.
+PARTS = {
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
+    "optimizer and clipping": ("_fused_adamw_", "linalg_vector_norm", "dot", "_foreach_norm"),
+    "copies, casts, joins": ("copy_", "cat", "fill_", "zero_", "index_copy_"),
+    "GELU, softmax, LayerNorm": (
+        "gelu", "gelu_backward", "_softmax", "_softmax_backward_data", "native_layer_norm",
+        "native_layer_norm_backward",
+    ),
+    "dropout and other arithmetic": (
+        "random_", "ge", "mul", "mul_", "add", "add_", "addcmul", "sum", "masked_fill_", "div",
+    ),
+}  # fmt: skip
 if not torch.cuda.is_available() and not torch.cpu.get_capabilities().get("avx512_bf16"):
     # Without bfloat16 instructions a CPU emulates it, far slower than any other setting here.
     PEERS = {name: setting for name, setting in PEERS.items() if "bf16" not in setting}
@@ -118,6 +132,20 @@ def with_ours(
     return model, time.perf_counter() - start
 
 
+def where_the_time_goes(work: argparse.Namespace, data: Encoded, setting: dict, tokenizer) -> dict:
+    """Shares of our time by part, from torch's profiler, which itself costs some per cent."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        _, seconds = with_ours(work, data, setting, 0, tokenizer)
+    spent = {e.key: e.self_cpu_time_total / 1e6 for e in profiled.key_averages()}
+    shares = {
+        part: sum(spent.get(f"aten::{name}", 0.0) for name in names) / seconds
+        for part, names in PARTS.items()
+    }
+    return {**shares, "Python, dispatch, the rest": 1 - sum(shares.values())}
+
+
 def matrix_rate() -> float:
     """GFLOP/s of a 2048³ float32 product with the current threads, the best of ten."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
@@ -177,6 +205,8 @@ def measure(work: argparse.Namespace) -> dict:
             speeds[name].append(data.tokens * work.epochs / seconds)
             print(f"{speeds[name][-1]:8.0f} tokens/s  {name}, again", flush=True)
 
+    times = {name: where_the_time_goes(work, data, OURS[name], tokenizer) for name in OURS}
+
     # Ours, in each precision, against the fastest float32 setting of Trainer.
     peer = pairs[next(iter(OURS))]
     scores: dict[str, list[float]] = {name: [] for name in [peer, *OURS]}
@@ -197,6 +227,7 @@ def measure(work: argparse.Namespace) -> dict:
         "matrix_gflops": rate,
         "limit_tokens_per_second": limit,
         "tokens_per_second": speeds,
+        "where": times,
         "pairs": pairs,
         "scores": scores,
         "differences": {
@@ -215,8 +246,8 @@ def markdown(result: dict) -> str:
     lines = [
         f"{work['model']} on {work['task']}, {work['epochs']} epoch of {work['examples']:,} "
         f"phrases ({result['tokens']:,} tokens), batches of 32, float32 unless said, "
-        f"{work['threads']} threads, malloc {result['malloc']}. Ours and the fastest peer of each precision: medians of "
-        f"{work['repeats']} runs, taken in turn; the others: one run.",
+        f"{work['threads']} threads, malloc {result['malloc']}. Ours and the fastest peer of each "
+        f"precision: medians of {work['repeats']} runs, taken in turn; the others: one run.",
         "",
         "| setting | tokens/s | of run_glue.py's | share of the float32 limit |",
         "|---|---:|---:|---:|",
@@ -245,6 +276,13 @@ def markdown(result: dict) -> str:
             for name, d in result["differences"].items()
         )
         + ".",
+        "",
+        "| where our time goes | " + " | ".join(OURS[name]["precision"] for name in pairs) + " |",
+        "|---|" + "---:|" * len(pairs),
+        *(
+            f"| {part} | " + " | ".join(f"{result['where'][n][part]:.0%}" for n in pairs) + " |"
+            for part in next(iter(result["where"].values()))
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -257,7 +295,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of the fastest settings")
-    parser.add_argument("--seeds", type=int, default=12, help="seeds for the scores")
+    parser.add_argument("--seeds", type=int, default=16, help="seeds for the scores")
     parser.add_argument("--score-epochs", type=int, default=2)
     parser.add_argument("--held-out", type=int, default=2000, help="phrases scored beside the test")
     parser.add_argument("--threads", type=int, default=2)

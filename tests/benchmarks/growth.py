@@ -1,0 +1,256 @@
+"""How time and peak memory grow with cells, model size, sentence length and words.
+
+    make growth
+
+Every point is measured in a process of its own, whose peak memory is the system's count of its
+resident pages; one process at a time. Models have random weights: neither time nor memory hangs on
+the values. Writes ``growth.json`` beside this file and ``figures/growth.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BATCH, STEPS = 32, 12
+MINILM = {"layers": 6, "hidden": 384, "heads": 12}
+POINTS: dict[str, list[dict[str, Any]]] = {
+    "cells": [{"cells": n} for n in (100, 1000, 10_000)],
+    "size": [
+        {"layers": layers, "hidden": hidden, "heads": heads, "length": 16}
+        for layers, hidden, heads in (
+            (6, 128, 4),
+            (6, 256, 8),
+            (6, 384, 12),
+            (6, 768, 12),
+            (12, 768, 12),
+            (24, 1024, 16),
+        )  # fmt: skip
+    ],
+    "length": [{**MINILM, "length": n} for n in (8, 16, 32, 64, 128, 256, 512)],
+    "words": [{**MINILM, "words": n} for n in (2_000, 8_000, 32_000, 128_000)],
+}
+AXES = {
+    "cells": ("finished cells", "find them all"),
+    "size": ("parameters of the layers, millions", "one training step, 32 × 16 tokens"),
+    "length": ("tokens in a sentence", "one training step, 32 sentences"),
+    "words": ("words of a corpus", "store and probe 7 layers of 384"),
+}
+
+
+def bert(layers: int, hidden: int, heads: int, classes: int = 2) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=3000, hidden_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, intermediate_size=4 * hidden, num_labels=classes,
+        )
+    )  # fmt: skip
+
+
+def layer_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.base_model.encoder.parameters())
+
+
+def sentences_of(length: int) -> Any:
+    from healing_utils.training import Encoded
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 3000, (BATCH * STEPS, length)).tolist()
+    return Encoded(ids, None, rng.integers(0, 2, len(ids)), (0, 0, "right"))
+
+
+def measure_training(layers: int, hidden: int, heads: int, length: int) -> dict[str, float]:
+    """Seconds a step of `fine_tune` and of Trainer, float32; the first two steps are left out."""
+    from healing_utils.training import fine_tune
+
+    model, data = bert(layers, hidden, heads), sentences_of(length)
+    size = layer_parameters(model)
+    steps: list[float] = []
+    import torch
+
+    plain = torch.optim.AdamW.step
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        result = plain(*arguments, **options)
+        steps.append(time.perf_counter())
+        return result
+
+    torch.optim.AdamW.step = step
+    fine_tune(model, data, epochs=1, batch_size=BATCH, progress=False, precision="float32")
+    seconds = float(np.median(np.diff(steps)[1:]))
+    return {"parameters": size, "seconds": seconds}
+
+
+def measure_trainer(layers: int, hidden: int, heads: int, length: int) -> dict[str, float]:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, data = bert(layers, hidden, heads), sentences_of(length)
+    steps: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            steps.append(time.perf_counter())
+
+    rows = [
+        {"input_ids": i, "attention_mask": [1] * length, "labels": int(y)}
+        for i, y in zip(data.ids, data.labels, strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, num_train_epochs=1, per_device_train_batch_size=BATCH, use_cpu=True,
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
+    return {"parameters": layer_parameters(model), "seconds": float(np.median(np.diff(steps)[1:]))}
+
+
+def measure_cells(cells: int) -> dict[str, float]:
+    """Write records as large as a finished cell's, and time how a study looks them up."""
+    from healing_utils.records import Store, digest
+
+    with tempfile.TemporaryDirectory() as run:
+        store = Store(run)
+        curve = [{"step": i, "f1": 0.5, "accuracy": 0.5, "loss": 0.7} for i in range(4)]
+        record = {"losses": [0.6931471805599453] * 120, "curve": curve, "name": "x" * 200}
+        keys = [digest(i) for i in range(cells)]
+        for key in keys:
+            store.write("recovery", key, record)
+        start = time.perf_counter()
+        found = [store.read("recovery", key) for key in keys]
+        seconds = time.perf_counter() - start
+    assert all(found)
+    return {"seconds": seconds}
+
+
+def measure_words(layers: int, hidden: int, heads: int, words: int) -> dict[str, float]:
+    """Store the activations of sentences of 20 words and probe every layer for a label that hangs
+    on the word and its left neighbour."""
+    from healing_utils import models
+    from healing_utils.activations import stored_activations
+    from healing_utils.probes import fit_probes
+
+    tokenizer = models.load_tokenizer("organism")
+    vocabulary = sorted(w for w in tokenizer.get_vocab() if w.isalpha())
+    model = bert(layers, hidden, heads).base_model.eval()
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, len(vocabulary), (words // 20, 20))
+    sentences = [[vocabulary[i] for i in row] for row in ids]
+    labels = ((ids + np.roll(ids, 1, axis=1) // 400) % 19).ravel()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        x = stored_activations(
+            Path(folder) / "x.npy", model, tokenizer, sentences, identity="random weights"
+        )
+        extracted = time.perf_counter() - start
+        fit_probes(x, labels, 19, 1e-3, 1e-2)
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "extraction": extracted}
+
+
+MEASURES = {
+    "cells": measure_cells, "size": measure_training, "length": measure_training,
+    "words": measure_words, "trainer": measure_trainer,
+}  # fmt: skip
+
+
+def point(measure: str, given: dict[str, Any], threads: int) -> dict[str, Any]:
+    """One point, measured in a new process."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--point", measure, json.dumps(given), "--threads",
+         str(threads)],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return {**given, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """Time above, peak memory below, both axes logarithmic; a dashed line grows in proportion."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    from healing_utils import figures
+
+    def plain(value: float, _: Any = None) -> str:
+        return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+
+    with figures.style():
+        figure = Figure(figsize=(figures.PAGE, 3.6), layout="constrained")
+        axes = figure.subplots(2, len(AXES), sharex="col", sharey="row")
+        for column, (what, (label, title)) in zip(axes.T, AXES.items(), strict=True):
+            rows = result["points"][what]
+            x = [r["parameters"] / 1e6 if what == "size" else r[what] for r in rows]
+            for ax, value in zip(column, ("seconds", "gigabytes"), strict=True):
+                y = [r[value] for r in rows]
+                ax.plot(x, y, "o-", color="#0072B2", label="ours")
+                peers = result["peers"].get(what)
+                if peers:
+                    ax.plot(
+                        x, [r[value] for r in peers], "s--", color="#D55E00", label="Trainer",
+                        markersize=3,
+                    )  # fmt: skip
+                ax.set(xscale="log", yscale="log")
+                ax.xaxis.set_major_formatter(FuncFormatter(plain))
+                ax.xaxis.set_minor_formatter("")
+                ax.yaxis.set_major_formatter(FuncFormatter(plain))
+            scaled = [y0 * np.array(x) / x[-1] for y0 in [rows[-1]["seconds"]]][0]
+            column[0].plot(x, scaled, ":", color="#6B6B6B", label="in proportion", linewidth=1)
+            column[0].set_title(title, fontsize=8, fontweight="normal", wrap=True)
+            column[1].set_xlabel(label)
+        axes[0, 0].set_ylabel("seconds")
+        axes[1, 0].set_ylabel("peak memory, GB")
+        axes[0, 1].legend(fontsize=7)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--point", nargs=2, metavar=("WHAT", "JSON"), help="one point, as JSON")
+    parser.add_argument("--draw", action="store_true", help="draw growth.json again")
+    work = parser.parse_args()
+    if work.point:
+        import torch
+
+        torch.set_num_threads(work.threads)
+        found = MEASURES[work.point[0]](**json.loads(work.point[1]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps({**found, "gigabytes": peak}))
+        return
+    path = HERE / "growth.json"
+    if not work.draw:
+        import torch
+
+        from healing_utils.study import PACKAGES, version
+
+        result: dict[str, Any] = {
+            "threads": work.threads,
+            "processor": torch.cpu.get_capabilities().get("cpu_name", "unknown"),
+            "versions": {name: version(name) for name in PACKAGES},
+            "points": {}, "peers": {},
+        }  # fmt: skip
+        for what, points in POINTS.items():
+            result["points"][what] = [point(what, given, work.threads) for given in points]
+            if what in ("size", "length"):
+                result["peers"][what] = [point("trainer", g, work.threads) for g in points]
+            for row in result["points"][what]:
+                print(what, row, flush=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    figure = draw(json.loads(path.read_text()))
+    figure.savefig(ROOT / "figures" / "growth.png", dpi=200)
+
+
+if __name__ == "__main__":
+    main()
