@@ -84,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="compute only the I-th of N shares of the cells, no tables: see the README on scale",
     )
+    run.add_argument(
+        "--again",
+        action="store_true",
+        help="execute finished notebooks too, to draw their figures anew; cells stay as they are",
+    )
     for name, text in (
         ("status", "show done, running and missing cells, also while it runs"),
         ("report", "write the run's page again"),
@@ -107,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if executors.shard().count > 1:
             print(runner.run_shard(arguments.profile, arguments.out, overrides))
             return 0
-        page = runner.run(arguments.profile, arguments.out, overrides)
+        page = runner.run(arguments.profile, arguments.out, overrides, again=arguments.again)
     except runner.NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1

@@ -146,8 +146,17 @@ def _ids(y: Any, words: int, classes: int) -> torch.Tensor:
     return torch.from_numpy(y.astype(np.int64))
 
 
+def _own_float32(x: Any) -> torch.Tensor:
+    """As `_float32`, in memory of its own."""
+    copy = _float32(x)
+    shared = isinstance(x, torch.Tensor) and copy.data_ptr() == x.data_ptr()
+    return copy.clone() if shared else copy
+
+
 def _check_finite(x: torch.Tensor, what: str) -> None:
     """Raise HealingError where `x` (words, features) has NaN or infinity."""
+    if torch.isfinite(x.sum()):  # no array of answers as long as all are
+        return
     finite = torch.isfinite(x)
     if not finite.all():
         word, feature = (~finite).nonzero()[0].tolist()
@@ -160,7 +169,8 @@ def _check_finite(x: torch.Tensor, what: str) -> None:
 def _standardise(
     x: torch.Tensor, layer: int, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(standardised, mean, scale) of one layer's activations (words, features)."""
+    """(standardised, mean, scale) of one layer's activations (words, features), whose memory is
+    used: of all neurons of a large corpus there is room for one copy."""
     _check_finite(x, f"activations of layer {layer}")
     if weights is None:
         variance, mean = torch.var_mean(x, dim=0, correction=0)
@@ -172,9 +182,9 @@ def _standardise(
     # zero counts as constant too (MiniLM-L6's last layer has two features of about 1e-32).
     constant = (scale <= 1e-6 * mean.abs()) | (scale < 6e-8)
     scale = torch.where(constant, 1.0, scale)
-    z = (x - mean).div_(scale)
-    z[:, constant] = 0
-    return z, mean, scale
+    x.sub_(mean).div_(scale)
+    x[:, constant] = 0
+    return x, mean, scale
 
 
 # --- the solver ----------------------------------------------------------------------------------
@@ -429,7 +439,7 @@ def fit_probes(
         mass = torch.from_numpy(given / given.sum()).float().to(device)
     xs, means, scales = zip(
         *(
-            _standardise(_float32(x[i]).to(device), i, None if weights is None else mass)
+            _standardise(_own_float32(x[i]).to(device), i, None if weights is None else mass)
             for i in range(layers)
         ),
         strict=True,

@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from healing_utils import finished
 from healing_utils import notebooks as notebook_files
 from healing_utils.errors import HealingError, choose
 from healing_utils.paths import run_folder
@@ -183,8 +184,12 @@ def run(
     check: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
     write_page: Callable[[Path], Path] | None = None,
     cell_timeout: float | None = None,
+    again: bool = False,
 ) -> Path:
     """Run the notebooks of a profile, one after the other; return the path of the run's page.
+
+    A notebook that would compute and show the same as before (`finished`) is not executed anew,
+    unless `again`.
 
     `overrides` are ``(name, value)`` pairs on top of the profile. `check` turns given parameters
     into clean values (default `parameters.read_parameters`), `write_page` writes the page (default
@@ -203,8 +208,14 @@ def run(
         say(f"Warning: only {free / 1e9:.1f} GB are free there, {DISK_WANTED / 1e9:.0f} are wanted")
     start = time.monotonic()
     for number, (path, passed) in enumerate(chosen.items(), 1):
+        stages = STAGES_OF.get(path.stem[3:], ())
+        if not again and finished.is_finished(path, target, passed, stages):
+            say(f"[{number}/{len(chosen)}] {path.stem}: finished before")
+            continue
         say(f"[{number}/{len(chosen)}] {path.stem}")
+        finished.unmark(path, target)
         _run_notebook(path, target, passed, say, cell_timeout)
+        finished.mark(path, target, passed)
     say(f"All {len(chosen)} notebooks done in {duration(time.monotonic() - start)}")
     if write_page is None:
         from healing_utils.page import write_page

@@ -40,8 +40,8 @@ def received(monkeypatch):
     """What `healing run` asks of the runner, which does nothing."""
     calls = []
 
-    def run(profile, out, overrides):
-        calls.append((profile, out, overrides))
+    def run(profile, out, overrides, again):
+        calls.append((profile, out, overrides, again))
         return Path("somewhere/index.html")
 
     monkeypatch.setattr(runner, "run", run)
@@ -51,7 +51,7 @@ def received(monkeypatch):
 def test_run_passes_its_arguments_on_and_ends_with_the_page(received, capsys):
     line = "run quick --out here -p seeds [0,2] -p levels 1/6"
     assert cli.main(line.split()) == 0
-    assert received == [("quick", "here", [("seeds", [0, 2]), ("levels", "1/6")])]
+    assert received == [("quick", "here", [("seeds", [0, 2]), ("levels", "1/6")], False)]
     assert capsys.readouterr().out.splitlines()[-1] == "somewhere/index.html"
 
 
@@ -64,7 +64,7 @@ def test_run_passes_its_arguments_on_and_ends_with_the_page(received, capsys):
     ],
 )
 def test_exit_codes_and_no_traceback(monkeypatch, capsys, raised, code, said):
-    def run(*_):
+    def run(*_, **__):
         raise raised
 
     monkeypatch.setattr(runner, "run", run)

@@ -57,6 +57,19 @@ def test_each_notebook_gets_what_it_declares_and_bars_stay_out_of_it(tmp_path, c
     assert outputs == ["a result\n"]
 
 
+def test_a_finished_notebook_is_not_executed_again_unless_asked(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("HEALING_PROGRESS", "terminal")
+    executed = tmp_path / "notebooks" / "01_good.ipynb"
+    run("small", tmp_path, stages=["good"])
+    first = executed.stat().st_mtime_ns
+    capfd.readouterr()
+    run("small", tmp_path, stages=["good"])
+    assert executed.stat().st_mtime_ns == first
+    assert "01_good: finished before" in capfd.readouterr().err
+    run("small", tmp_path, stages=["good"], again=True)
+    assert executed.stat().st_mtime_ns > first
+
+
 def test_a_failure_is_told_keeps_what_is_done_and_can_be_mended(tmp_path):
     with pytest.raises(runner.NotebookFailed) as caught:
         run("small", tmp_path)
@@ -107,7 +120,7 @@ def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch):
     assert (tmp_path / "notebooks" / "01_good.ipynb").read_text() == "executed"
     monkeypatch.setattr(runner, "_watch", lambda *_: {"event": "not started", "cause": "no port"})
     with pytest.raises(runner.NotebookFailed, match="(?s)01_good stopped at its start.*no port"):
-        run("small", tmp_path, stages=["good"])
+        run("small", tmp_path, stages=["good"], again=True)
 
 
 def test_a_kernel_that_exits_at_once_did_not_start(tmp_path, monkeypatch):

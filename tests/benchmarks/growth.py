@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 BATCH, STEPS = 32, 12
 MINILM = {"layers": 6, "hidden": 384, "heads": 12}
 POINTS: dict[str, list[dict[str, Any]]] = {
-    "cells": [{"cells": n} for n in (100, 1000, 10_000)],
+    "cells": [{"seeds": n} for n in (3, 31, 310)],
     "size": [
         {"layers": layers, "hidden": hidden, "heads": heads, "length": 16}
         for layers, hidden, heads in (
@@ -40,12 +40,14 @@ POINTS: dict[str, list[dict[str, Any]]] = {
     ],
     "length": [{**MINILM, "length": n} for n in (8, 16, 32, 64, 128, 256, 512)],
     "words": [{**MINILM, "words": n} for n in (2_000, 8_000, 32_000, 128_000)],
+    "neurons": [{"layers": 13, "hidden": 768, "words": n} for n in (2_000, 20_000, 200_000)],
 }
 AXES = {
-    "cells": ("finished cells", "find them all"),
+    "cells": ("finished cells", "plan and find all"),
     "size": ("parameters of the layers, millions", "one training step, 32 × 16 tokens"),
     "length": ("tokens in a sentence", "one training step, 32 sentences"),
     "words": ("words of a corpus", "store and probe 7 layers of 384"),
+    "neurons": ("words of a corpus", "rank 13 × 768 neurons"),
 }
 
 
@@ -117,22 +119,30 @@ def measure_trainer(layers: int, hidden: int, heads: int, length: int) -> dict[s
     return {"parameters": layer_parameters(model), "seconds": float(np.median(np.diff(steps)[1:]))}
 
 
-def measure_cells(cells: int) -> dict[str, float]:
-    """Write records as large as a finished cell's, and time how a study looks them up."""
-    from healing_utils.records import Store, digest
+def measure_cells(seeds: int) -> dict[str, float]:
+    """Plan the organism's study for so many seeds and look all its records up, as a run does that
+    has nothing left to compute. The records' contents are made up, of a usual size."""
+    import yaml
 
+    from healing_utils.parameters import read_parameters
+    from healing_utils.study import STAGES, Study
+
+    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "quick.yaml").read_text())
     with tempfile.TemporaryDirectory() as run:
-        store = Store(run)
+        given = {**profile, "scans": {}, "seeds": list(range(seeds)), "run": run}
+        study = Study(read_parameters(given))
         curve = [{"step": i, "f1": 0.5, "accuracy": 0.5, "loss": 0.7} for i in range(4)]
-        record = {"losses": [0.6931471805599453] * 120, "curve": curve, "name": "x" * 200}
-        keys = [digest(i) for i in range(cells)]
-        for key in keys:
-            store.write("recovery", key, record)
+        record = {"losses": [0.6931471805599453] * 128, "curve": curve}
+        for stage in STAGES:
+            for cell in study.plan(stage):
+                study.store.write(stage, cell.key, {**record, **cell.columns()})
         start = time.perf_counter()
-        found = [store.read("recovery", key) for key in keys]
+        study = Study(read_parameters(given))
+        cells = [cell for stage in STAGES for cell in study.plan(stage)]
+        found = [study.store.read(cell.stage, cell.key) for cell in cells]
         seconds = time.perf_counter() - start
     assert all(found)
-    return {"seconds": seconds}
+    return {"cells": len(cells), "seconds": seconds}
 
 
 def measure_words(layers: int, hidden: int, heads: int, words: int) -> dict[str, float]:
@@ -160,7 +170,28 @@ def measure_words(layers: int, hidden: int, heads: int, words: int) -> dict[str,
     return {"seconds": seconds, "extraction": extracted}
 
 
+def measure_neurons(layers: int, hidden: int, words: int) -> dict[str, float]:
+    """Rank all neurons of so many words, whose labels hang on 20 of them, from a file."""
+    from healing_utils.neurons import rank_neurons
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        x = np.lib.format.open_memmap(
+            Path(folder) / "x.npy", "w+", np.float16, (layers, words, hidden)
+        )
+        for layer in x:
+            layer[:] = rng.standard_normal(layer.shape, dtype=np.float32)
+        logits = x[layers // 2, :, :20].astype(np.float32) @ rng.standard_normal((20, 17))
+        labels = (2 * logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        start = time.perf_counter()
+        ranking = rank_neurons(x, labels, l1=1e-3, l2=1e-2)
+        seconds = time.perf_counter() - start
+    assert {(layers // 2, i) for i in range(20)} == set(ranking[:20])
+    return {"seconds": seconds}
+
+
 MEASURES = {
+    "neurons": measure_neurons,
     "cells": measure_cells, "size": measure_training, "length": measure_training,
     "words": measure_words, "trainer": measure_trainer,
 }  # fmt: skip
@@ -191,7 +222,8 @@ def draw(result: dict[str, Any]) -> Any:
         axes = figure.subplots(2, len(AXES), sharex="col", sharey="row")
         for column, (what, (label, title)) in zip(axes.T, AXES.items(), strict=True):
             rows = result["points"][what]
-            x = [r["parameters"] / 1e6 if what == "size" else r[what] for r in rows]
+            name = {"neurons": "words", "size": "parameters"}.get(what, what)
+            x = [r[name] / (1e6 if what == "size" else 1) for r in rows]
             for ax, value in zip(column, ("seconds", "gigabytes"), strict=True):
                 y = [r[value] for r in rows]
                 ax.plot(x, y, "o-", color="#0072B2", label="ours")
@@ -205,7 +237,7 @@ def draw(result: dict[str, Any]) -> Any:
                 ax.xaxis.set_major_formatter(FuncFormatter(plain))
                 ax.xaxis.set_minor_formatter("")
                 ax.yaxis.set_major_formatter(FuncFormatter(plain))
-            scaled = [y0 * np.array(x) / x[-1] for y0 in [rows[-1]["seconds"]]][0]
+            scaled = rows[-1]["seconds"] * np.array(x) / x[-1]
             column[0].plot(x, scaled, ":", color="#6B6B6B", label="in proportion", linewidth=1)
             column[0].set_title(title, fontsize=8, fontweight="normal", wrap=True)
             column[1].set_xlabel(label)
