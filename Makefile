@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test test-cluster lab report lock badges bench growth colab-check lint clean
+.PHONY: help study test test-cluster lab report lock badges bench growth scaling colab-check lint clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -35,6 +35,7 @@ study: $(READY)  ## Run the study on the model organism; the last line names its
 # The notebooks compute everything again, in a folder of their own: results of an earlier run
 # would make the comparison compare nothing.
 test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k name" for some)
+	@$(MAKE) $(VENV)/.cluster || echo "Ray cannot be installed: tests on its cluster are skipped"
 	@runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
 	HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet $(BIN)/python -m pytest --nbval-lax \
 	  --nbval-current-env --nbval-cell-timeout=600 $(ARGS)
@@ -70,6 +71,9 @@ bench: $(VENV)/.neurox  ## Measure training and probing against their peers; nee
 
 growth: $(READY)  ## Measure how time and memory grow, and draw it
 	@$(BIN)/python tests/benchmarks/growth.py $(ARGS)
+
+scaling: $(VENV)/.cluster  ## Measure one worker against two, as processes and on Ray
+	@$(BIN)/python tests/benchmarks/scaling.py $(ARGS)
 
 colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
 	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/test_colab.py $(ARGS)

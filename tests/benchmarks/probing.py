@@ -428,7 +428,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours; the median counts")
     parser.add_argument("--no-saga", action="store_true")
     parser.add_argument("--saga-layers", type=int, nargs="+", help="layers for saga; else all")
-    parser.add_argument("--saga-limit", type=float, default=300, help="seconds a layer, then stop")
+    parser.add_argument("--saga-limit", type=float, default=16, help="seconds a layer, then stop")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the two files")
     work = parser.parse_args()
     result = measure(work)
