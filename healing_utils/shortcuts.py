@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -307,12 +307,17 @@ class LowWeights:
     """Weights of the model's products in the precision that autocast computes them in.
 
     Autocast casts a weight whenever it is used, and its gradient back. Inside this block the
-    modules hold parameters in `dtype`, cast once a step; the optimizer goes on with the float32
-    ones that were there before, and gets the same gradients. Takes plain `nn.Linear` layers, whose
-    products are all that reads their weights; none where `dtype` is None.
+    modules hold parameters in `dtype`, cast once a step; the optimizer goes on with float32 ones,
+    and gets the same gradients. Takes plain `nn.Linear` layers, whose products are all that reads
+    their weights; none where `dtype` is None.
+
+    Of the weights that it takes, those of one of the optimizer's `groups` lie side by side in one
+    block, which takes their places there: casts, norm and step are then one call for all of them.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None):
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, groups: Sequence[dict[str, Any]] = ()
+    ):
         modules = list(model.modules()) if dtype is not None else []
         linear = [m for m in modules if type(m) is nn.Linear]
         tied = {id(p) for m in modules if type(m) is not nn.Linear for p in m._parameters.values()}
@@ -322,16 +327,30 @@ class LowWeights:
             for name, full in module.named_parameters(recurse=False)
             if full.requires_grad and id(full) not in tied
         ]
-        self.low = {full: nn.Parameter(full.detach().to(dtype)) for _, _, full in self.places}
-        # Side by side in one block, so that their norm is one product; each starts as aligned, at
-        # 64 bytes, as memory of its own would.
-        sizes = [-(-full.numel() // 16) * 16 for full in self.low]
-        device = self.places[0][2].device if self.places else None
-        self.block = torch.zeros(sum(sizes), device=device)
-        self.gradients = {
-            full: slot[: full.numel()].view(full.shape)
-            for full, slot in zip(self.low, self.block.split(sizes), strict=True)
-        }
+        taken = dict.fromkeys(full for _, _, full in self.places)
+        self.low: dict[nn.Parameter, nn.Parameter] = {}
+        self.gradients: dict[nn.Parameter, torch.Tensor] = {}
+        self.blocks: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        for group in groups or ({"params": list(taken)},):
+            mine = [p for p in group["params"] if p in taken]
+            if mine:
+                block = self._join(mine, dtype)
+                group["params"] = [p for p in group["params"] if p not in taken] + [block]
+
+    @torch.no_grad()
+    def _join(self, full: list[nn.Parameter], dtype: torch.dtype) -> nn.Parameter:
+        """Make views of one block of these, each as aligned, at 64 bytes, as if on its own."""
+        sizes = [-(-p.numel() // 16) * 16 for p in full]
+        block = torch.zeros(sum(sizes), device=full[0].device)
+        low, gradient = torch.zeros_like(block, dtype=dtype), torch.zeros_like(block)
+        slots = zip(*(x.split(sizes) for x in (block, low, gradient)), strict=True)
+        for p, parts in zip(full, slots, strict=True):
+            value, lower, grad = (part[: p.numel()].view(p.shape) for part in parts)
+            p.data = value.copy_(p)
+            self.low[p], self.gradients[p] = nn.Parameter(lower), grad
+        low.copy_(block)
+        self.blocks.append((nn.Parameter(block), low, gradient))
+        return self.blocks[-1][0]
 
     def __enter__(self) -> LowWeights:
         for module, name, full in self.places:
@@ -339,13 +358,18 @@ class LowWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._put_back()
+        for full in self.low:  # on their own again: files refuse tensors that share memory
+            full.data = full.detach().clone()
+
+    def _put_back(self) -> None:
         for module, name, full in self.places:
             setattr(module, name, full)
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """The float32 parameters in their places, inside the block."""
-        self.__exit__()
+        self._put_back()
         try:
             yield
         finally:
@@ -353,27 +377,34 @@ class LowWeights:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Add the gradients to those of the float32 parameters, in float32."""
+        """Add the gradients to those of the float32 parameters and blocks, in float32."""
         for full, low in self.low.items():
-            if low.grad is None:
-                if full.grad is None:
-                    self.gradients[full].zero_()
-                continue
-            if full.grad is None:
-                full.grad = self.gradients[full].copy_(low.grad)
-            else:
-                full.grad.add_(low.grad)
+            gradient = self.gradients[full]
+            if full.grad is None:  # the first since they were cleared
+                gradient.zero_() if low.grad is None else gradient.copy_(low.grad)
+                full.grad = gradient
+            elif low.grad is not None:
+                gradient.add_(low.grad)
             low.grad = None
+        for block, _, gradient in self.blocks:
+            block.grad = gradient
+
+    def clear(self) -> None:
+        """Forget the gradients, collected or not."""
+        for full, low in self.low.items():
+            full.grad = low.grad = None
+        for block, _, _ in self.blocks:
+            block.grad = None
 
     def norm(self) -> torch.Tensor:
         """Of all gradients collected since they were last cleared."""
-        return self.block.dot(self.block).sqrt()
+        return torch.stack([g.dot(g) for _, _, g in self.blocks]).sum().sqrt()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast the float32 parameters again, after a step."""
-        for full, low in self.low.items():
-            low.copy_(full)
+        for block, low, _ in self.blocks:
+            low.copy_(block)
 
 
 # --- Memory ---------------------------------------------------------------------------------------

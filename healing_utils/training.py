@@ -400,9 +400,9 @@ def fine_tune(
         table = model.get_input_embeddings().weight
         groups = _parameter_groups(model, weight_decay, rates or {})
         table_rate = next((g["factor"] for g in groups for p in g["params"] if p is table), 1.0)
+        halved = torch.bfloat16 if precision == "bfloat16" and objective is None else None
+        low = shortened.enter_context(LowWeights(model, halved, groups))
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-        halved = precision == "bfloat16" and objective is None
-        low = shortened.enter_context(LowWeights(model, torch.bfloat16 if halved else None))
         batches: list[np.ndarray] = []
         model.train()
         start = time.perf_counter()
@@ -423,7 +423,7 @@ def fine_tune(
                 # Outside of the except block, whose error holds on to the memory.
                 max_tokens //= 2  # same batch, same gradient, in smaller parts
                 optimizer.zero_grad(set_to_none=True)
-                model.zero_grad(set_to_none=True)  # those that `low` has not collected
+                low.clear()
                 _restore_random_state(random_state, device)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -441,6 +441,7 @@ def fine_tune(
             else:
                 cut["decay"] *= 1 - rate(step) * table_rate * weight_decay
             optimizer.zero_grad(set_to_none=True)
+            low.clear()
             done.tokens += int(lengths[rows].sum())
             if (step + 1) % 20 == 0 or step + 1 == steps:  # reading a loss waits for the device
                 latest = losses[-1].item()

@@ -326,8 +326,31 @@ def test_the_norm_of_low_gradients_forgets_those_of_an_earlier_step():
             place.weight.grad = torch.ones_like(place.weight)
             low.collect()
             assert math.isclose(low.norm(), place.weight.numel() ** 0.5, rel_tol=1e-6)
-            for parameter in low.low:
-                parameter.grad = None
+            low.clear()
+
+
+def test_a_group_of_the_optimizer_gets_one_block_which_moves_its_weights():
+    model = classifier()
+    names, before = dict(model.named_parameters()), weights(model)
+    decayed = [p for p in names.values() if p.ndim > 1]
+    groups = [{"params": decayed}, {"params": [p for p in names.values() if p.ndim == 1]}]
+    with LowWeights(model, torch.bfloat16, groups) as low:
+        assert [len(group["params"]) for group in groups] == [
+            1 + sum(p not in low.low for p in group)
+            for group in (decayed, set(names.values()) - set(decayed))
+        ]
+        optimizer = torch.optim.SGD(groups, lr=1.0)
+        for parameter in low.low.values():
+            parameter.grad = torch.ones_like(parameter)
+        low.collect()
+        optimizer.step()
+        low.refresh()
+        assert all(torch.equal(p, full.bfloat16()) for full, p in low.low.items())
+    assert model.state_dict().keys() == before.keys()
+    for name, parameter in names.items():
+        assert torch.equal(parameter, before[name] - float(parameter in low.low)), name
+    storages = [p.untyped_storage().data_ptr() for p in names.values()]
+    assert len(set(storages)) == len(storages)  # as files want them
 
 
 def test_owned_weights_are_copies_in_aligned_memory():

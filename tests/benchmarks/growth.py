@@ -43,11 +43,11 @@ POINTS: dict[str, list[dict[str, Any]]] = {
     "neurons": [{"layers": 13, "hidden": 768, "words": n} for n in (2_000, 20_000, 200_000)],
 }
 AXES = {
-    "cells": ("finished cells", "plan and find all"),
-    "size": ("parameters of the layers, millions", "one training step, 32 × 16 tokens"),
-    "length": ("tokens in a sentence", "one training step, 32 sentences"),
-    "words": ("words of a corpus", "store and probe 7 layers of 384"),
-    "neurons": ("words of a corpus", "rank 13 × 768 neurons"),
+    "cells": ("finished cells", "plan and look up"),
+    "size": ("million parameters", "a training step\n32 × 16 tokens"),
+    "length": ("tokens a sentence", "a training step\n32 sentences"),
+    "words": ("words", "store and probe\n7 layers of 384"),
+    "neurons": ("words", "rank\n13 × 768 neurons"),
 }
 
 
@@ -237,9 +237,10 @@ def draw(result: dict[str, Any]) -> Any:
                 ax.xaxis.set_major_formatter(FuncFormatter(plain))
                 ax.xaxis.set_minor_formatter("")
                 ax.yaxis.set_major_formatter(FuncFormatter(plain))
-            scaled = rows[-1]["seconds"] * np.array(x) / x[-1]
+            middle = len(x) // 2
+            scaled = rows[middle]["seconds"] * np.array(x) / x[middle]
             column[0].plot(x, scaled, ":", color="#6B6B6B", label="in proportion", linewidth=1)
-            column[0].set_title(title, fontsize=8, fontweight="normal", wrap=True)
+            column[0].set_title(title, fontsize=8, fontweight="normal")
             column[1].set_xlabel(label)
         axes[0, 0].set_ylabel("seconds")
         axes[1, 0].set_ylabel("peak memory, GB")
