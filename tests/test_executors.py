@@ -135,7 +135,7 @@ def test_a_wrong_choice_is_one_line_before_anything_runs(
 def test_the_choice_reaches_what_the_run_starts(monkeypatch, tmp_path):
     seen = {}
 
-    def run(*_):
+    def run(*_, **__):
         import os
 
         seen.update({name: os.environ[name] for name in CHOICES})
