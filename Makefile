@@ -65,7 +65,8 @@ $(VENV)/.neurox: $(READY)
 
 # With the memory settings that `healing run` gives its kernels; the peers get them too.
 bench: $(VENV)/.neurox  ## Measure training and probing against their peers; needs MiniLM and data
-	@export GLIBC_TUNABLES=glibc.malloc.hugetlb=1; \
+	@export $$($(BIN)/python -c \
+	  'from healing_utils.runner import HUGE_PAGES as h; print(*map("=".join, h.items()))'); \
 	$(BIN)/python tests/benchmarks/throughput.py $(ARGS); \
 	$(BIN)/python tests/benchmarks/probing.py --neurox $(VENV)/neurox/bin/python
 

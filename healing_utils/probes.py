@@ -148,9 +148,9 @@ def _ids(y: Any, words: int, classes: int) -> torch.Tensor:
 
 def _own_float32(x: Any) -> torch.Tensor:
     """As `_float32`, in memory of its own."""
-    copy = _float32(x)
-    shared = isinstance(x, torch.Tensor) and copy.data_ptr() == x.data_ptr()
-    return copy.clone() if shared else copy
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", torch.float32, copy=True)
+    return _float32(x)
 
 
 def _check_finite(x: torch.Tensor, what: str) -> None:

@@ -313,6 +313,7 @@ class LowWeights:
 
     Of the weights that it takes, those of one of the optimizer's `groups` lie side by side in one
     block, which takes their places there: casts, norm and step are then one call for all of them.
+    A weight that gets no gradient in a step decays with its block.
     """
 
     def __init__(

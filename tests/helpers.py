@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def tiny_study(run: Path, model: Path, task: Path, **changes: object) -> dict[st
         "epochs": 1.0, "batch_size": 8, "learning_rate": 1e-3, "evaluations": 2, "max_length": 16,
         "threads": 1, "workers": 1, "device": "cpu", **changes,
     }  # fmt: skip
+
+
+def contents(run: Path) -> dict[str, dict]:
+    """All records of a run by path, without times and the checksum that covers them."""
+    found = {}
+    for path in sorted((run / "records").rglob("*.json")):
+        record = json.loads(path.read_text())
+        del record["times"], record["checksum"]
+        found[str(path.relative_to(run))] = record
+    return found
 
 
 def study_process(

@@ -6,26 +6,21 @@ they read has come through the object store.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from helpers import save_tiny_bert, tiny_study, write_planted_task
+from helpers import contents, save_tiny_bert, tiny_study, write_planted_task
+from loopback import loopback_cluster
 
-# Ray puts the machine's outer address in the place of 127.0.0.1, except where clusters are switched
-# off, as they are on other systems; it reads this when it is imported.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 ray = pytest.importorskip("ray", reason="ray is not installed; make test-cluster installs it")
 
 import psutil  # noqa: E402
-from ray.cluster_utils import Cluster  # noqa: E402
 
 from healing_utils.errors import HealingError  # noqa: E402
 from healing_utils.records import Store  # noqa: E402
@@ -46,20 +41,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes of one CPU, which know each other by the loopback address alone."""
-    scratch = tempfile.mkdtemp(prefix="ray-")  # pytest's own paths are too long for a socket
-    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", scratch)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        Path(scratch, "ray").mkdir()
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        cluster.add_node(**node)
-        cluster.wait_for_nodes()
+    with loopback_cluster(2) as cluster:
         yield cluster
-        ray.shutdown()
-        cluster.shutdown()
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -84,16 +67,6 @@ def alone(folder):
 
 def study(run: str, **changes: object) -> dict[str, object]:
     return tiny_study(Path(run).absolute(), Path("model"), Path("task"), **{**LONG, **changes})
-
-
-def contents(run: Path) -> dict[str, dict]:
-    """All records by path, without times and the checksum that covers them."""
-    found = {}
-    for path in sorted((run / "records").rglob("*.json")):
-        record = json.loads(path.read_text())
-        del record["times"], record["checksum"]
-        found[str(path.relative_to(run))] = record
-    return found
 
 
 def computing(node) -> list[psutil.Process]:

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from helpers import save_tiny_bert, tiny_study, write_planted_task
+from helpers import contents, save_tiny_bert, tiny_study, write_planted_task
 
 from healing_utils import workers
 from healing_utils.study import Study
@@ -22,16 +22,6 @@ def folder(tmp_path_factory):
     save_tiny_bert(folder / "model")
     write_planted_task(folder / "task")
     return folder
-
-
-def records(run) -> dict[str, dict]:
-    """All records by path, without times and the checksum that covers them."""
-    found = {}
-    for path in sorted((run / "records").rglob("*.json")):
-        record = json.loads(path.read_text())
-        del record["times"], record["checksum"]
-        found[path.name] = record
-    return found
 
 
 def test_workers_give_the_records_of_one_process(folder, monkeypatch):
@@ -58,7 +48,7 @@ def test_workers_give_the_records_of_one_process(folder, monkeypatch):
     monkeypatch.setattr(Study, "_compute", slow)
     table = Study(shared).run("baseline")
     assert len(table) == len(seeds)
-    assert records(folder / "alone") == records(folder / "shared")
+    assert contents(folder / "alone") == contents(folder / "shared")
     assert not list((folder / "shared" / "claims").iterdir())
 
 

@@ -11,6 +11,7 @@ to be equal. Seconds are those of the stage, so that starting the workers counts
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -24,19 +25,18 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WAYS = ("in-process", "1 further process", "Ray, 1 CPU", "Ray, 2 nodes of 1 CPU")
-BESIDE_THE_CELLS = ("times", "checksum")
+sys.path.insert(0, str(HERE.parent))  # what the tests have for clusters and records
 
 
 def measure(way: str) -> dict[str, Any]:
     """Run the stage in this process, or from it."""
     import yaml
+    from helpers import contents
 
     from healing_utils.parameters import read_parameters
-    from healing_utils.records import digest
+    from healing_utils.records import Store, digest
     from healing_utils.study import Study
 
-    # Ray puts the machine's outer address in the place of 127.0.0.1 unless this is set.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ |= {"HEALING_PROGRESS": "quiet", "HEALING_EXECUTOR": "workers"}
     profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "quick.yaml").read_text())
     folder = Path(tempfile.mkdtemp(prefix="scaling-"))
@@ -44,40 +44,24 @@ def measure(way: str) -> dict[str, Any]:
         **profile, "scans": {}, "task": "sentiment", "seeds": [0, 1], "run": str(folder),
         "workers": 2 if way == WAYS[1] else 1,
     }  # fmt: skip
-    study, cluster = Study(read_parameters(given)), None
+    study = Study(read_parameters(given))
     study.plan("recovery")  # so that the data are made
     start = time.perf_counter()
-    if way.startswith("Ray"):
-        from ray.cluster_utils import Cluster
+    with contextlib.ExitStack() as running:
+        if way.startswith("Ray"):
+            from loopback import loopback_cluster
 
-        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder)}
-        (folder / "ray").mkdir()
-        node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}
-        cluster = Cluster(True, head_node_args={**node, "include_dashboard": False})
-        if way == WAYS[3]:
-            cluster.add_node(**node)
-        cluster.wait_for_nodes()
-        os.environ |= {"HEALING_EXECUTOR": "ray", "HEALING_RAY_ADDRESS": cluster.address}
-    begun = time.perf_counter()
-    study.run("recovery")
-    seconds = time.perf_counter() - begun
-    records = {
-        path.stem: json.loads(path.read_text())
-        for path in sorted((folder / "records" / "recovery").glob("*.json"))
-    }
-    if cluster is not None:
-        import ray
-
-        ray.shutdown()
-        cluster.shutdown()
+            cluster = running.enter_context(loopback_cluster(2 if way == WAYS[3] else 1))
+            os.environ |= {"HEALING_EXECUTOR": "ray", "HEALING_RAY_ADDRESS": cluster.address}
+        begun = time.perf_counter()
+        study.run("recovery")
+        seconds = time.perf_counter() - begun
+    spent = [record["times"]["seconds"] for record in Store(folder).records("recovery")]
+    made = digest(contents(folder))
     shutil.rmtree(folder, ignore_errors=True)
-    kept = {
-        key: {k: v for k, v in record.items() if k not in BESIDE_THE_CELLS}
-        for key, record in records.items()
-    }
     return {
-        "way": way, "cells": len(records), "seconds": seconds, "cluster": begun - start,
-        "in_cells": sum(r["times"]["seconds"] for r in records.values()), "digest": digest(kept),
+        "way": way, "cells": len(spent), "seconds": seconds, "cluster": begun - start,
+        "in_cells": sum(spent), "digest": made,
     }  # fmt: skip
 
 
