@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from healing_utils.training import Encoded, collate, encode, pick_device
 AGGREGATIONS = ("first", "last", "mean")
 POOLINGS = ("first", "mean")
 UNLIMITED = 2**31 - 1  # tokens: transformers' own sign for "no limit" overflows the tokenizers'
+TOKENS = {"cpu": 1024}  # in a batch: what stays in a processor's caches
+TOKENS_OTHERWISE = 8192  # on a GPU: what keeps it busy
 NUMERICS = 1  # raised when what is computed here changes, so that stored files are made anew
 
 
@@ -142,6 +145,10 @@ def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
                 raise HealingError(f"sentences[{number}] holds {word!r}, which is not a word")
 
 
+# By tokenizer: the state of its Rust half, and the copy of it. A vocabulary of 30,000 takes 50 ms.
+_copies: WeakKeyDictionary[Any, tuple[str, Any]] = WeakKeyDictionary()
+
+
 def _backend(tokenizer: Any) -> Any:
     """A copy of the tokenizer's Rust half that never cuts, never pads, and puts a space before
     every word where the vocabulary marks a word's beginning by one."""
@@ -152,6 +159,9 @@ def _backend(tokenizer: Any) -> Any:
             f"tokenizer {type(tokenizer).__name__} does not say which word a subword belongs to; "
             "need a fast one (transformers.PreTrainedTokenizerFast)"
         )
+    state = tokenizer.backend_tokenizer.to_str()
+    if _copies.get(tokenizer, ("",))[0] == state:
+        return _copies[tokenizer][1]
 
     def with_space(node: Any) -> Any:
         if isinstance(node, list):
@@ -165,11 +175,12 @@ def _backend(tokenizer: Any) -> Any:
             node["prepend_scheme"] = "always"
         return node
 
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = json.loads(state)
     parts["pre_tokenizer"] = with_space(parts["pre_tokenizer"])
     backend = Tokenizer.from_str(json.dumps(parts))
     backend.no_truncation()
     backend.no_padding()
+    _copies[tokenizer] = (state, backend)
     return backend
 
 
@@ -272,6 +283,11 @@ def _pick_layers(base: nn.Module, layers: Sequence[int] | None) -> list[int]:
     if not chosen:
         raise HealingError("layers is empty: need at least one")
     return chosen
+
+
+def _at_once(base: nn.Module, max_tokens: int | None) -> int:
+    """The tokens of a batch: as asked for, else what suits the device that the encoder is on."""
+    return TOKENS.get(base.device.type, TOKENS_OTHERWISE) if max_tokens is None else max_tokens
 
 
 def _batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
@@ -382,7 +398,7 @@ def extract_activations(
     sentences: Sequence[Sequence[str]],
     aggregation: str = "last",
     *,
-    max_tokens: int = 4096,
+    max_tokens: int | None = None,
     device: str | torch.device | None = None,
     layers: Sequence[int] | None = None,
     progress: bool = False,
@@ -391,8 +407,9 @@ def extract_activations(
 
     Layer 0 is the embeddings; words of all sentences follow one another. `aggregation` takes a
     word's ``first`` or ``last`` subword or their ``mean`` (Durrani, Sajjad and Dalvi 2021 take the
-    last). `model` is any encoder, with or without a head. Batches hold at most `max_tokens` tokens,
-    padding included, of sentences of alike length; beside the result only one batch is in memory.
+    last). `model` is any encoder, with or without a head. Batches hold at most `max_tokens` tokens
+    (without it 1,024 on a CPU, 8,192 on a GPU), padding included, of sentences of alike length;
+    beside the result only one batch is in memory.
 
     Nothing is cut: a sentence longer than the model's positions is computed in windows that overlap
     by half, each word taken from the one where it has most context, and a warning says how many
@@ -406,7 +423,7 @@ def extract_activations(
         limit = max_positions(base, tokenizer)
         aligned = _aggregated(align(tokenizer, sentences, limit), aggregation)
         _say_windows(aligned.windowed, len(sentences), limit)
-        return _collect(base, aligned, chosen, max_tokens, progress)
+        return _collect(base, aligned, chosen, _at_once(base, max_tokens), progress)
 
 
 def sentence_activations(
@@ -416,7 +433,7 @@ def sentence_activations(
     pooling: str = "first",
     *,
     max_length: int | None = None,
-    max_tokens: int = 4096,
+    max_tokens: int | None = None,
     device: str | torch.device | None = None,
     layers: Sequence[int] | None = None,
     progress: bool = False,
@@ -447,7 +464,7 @@ def sentence_activations(
         aligned = Aligned(
             encoded, one, list(starts[:, None]), list(counts[:, None]), len(texts), 0, 0
         )
-        return _collect(base, aligned, chosen, max_tokens, progress)
+        return _collect(base, aligned, chosen, _at_once(base, max_tokens), progress)
 
 
 def _classification_token(tokenizer: Any, lengths: np.ndarray) -> np.ndarray:
@@ -478,7 +495,7 @@ def stored_activations(
     aggregation: str = "last",
     *,
     identity: str,
-    max_tokens: int = 4096,
+    max_tokens: int | None = None,
     chunk_words: int = 20_000,
     device: str | torch.device | None = None,
     layers: Sequence[int] | None = None,
@@ -508,7 +525,7 @@ def stored_activations(
         limit = max_positions(base, tokenizer)
         key = {
             "identity": identity, "sentences": _sha(sentences), "aggregation": aggregation,
-            "layers": chosen, "limit": limit, "max_tokens": max_tokens,
+            "layers": chosen, "limit": limit, "max_tokens": _at_once(base, max_tokens),
             "chunk_words": chunk_words, "numerics": NUMERICS,
         }  # fmt: skip
         file = _File(path, records.digest(key), len(sentences), sum(map(len, sentences)))

@@ -15,6 +15,10 @@ gradient descent (FISTA: Beck and Teboulle 2009, *SIAM J. Imaging Sciences* 2(1)
   deviation of its label, and the step grows until a quadratic model of that curvature no longer
   bounds the loss (Scheinberg, Goldfarb and Bai 2014, *Foundations of Computational Mathematics*
   14);
+- the features' correlations as the model's metric, where they are few enough, as they bound the
+  Hessian of the loss (Boehning 1992, *Annals of the Institute of Statistical Mathematics* 44(1),
+  theorem 5.3): half the passes over the words. The proximal step in that metric has no closed form;
+  some steps of FISTA on it, which touch no words, are near enough;
 - momentum that starts anew when it points uphill (O'Donoghue and Candes 2015, *Foundations of
   Computational Mathematics* 15, section 3.2);
 - the proximal step of the elastic net, so that weights are exactly zero, not merely small;
@@ -22,15 +26,16 @@ gradient descent (FISTA: Beck and Teboulle 2009, *SIAM J. Imaging Sciences* 2(1)
   a problem that has met it leaves the batch.
 
 The logits of an extrapolated point are the extrapolated logits, so an iteration costs two matrix
-products a layer, however many problems (penalties, labellings) share the layer's activations.
+products a layer, however many problems (penalties, labellings) share the layer's activations. On a
+CPU one layer is solved after the other, so that what is passed over stays in its caches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -45,8 +50,11 @@ from healing_utils.training import pick_device
 # (l1, l2), strongest first. At the strongest every weight is zero: the majority label. With l2 ten
 # times l1 the problem is far better conditioned than with as much of both, and as accurate.
 DEFAULT_PENALTIES = tuple((l1, 10 * l1) for l1 in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001))
-CHECK = 10  # iterations between looks at the stopping rule: each waits for the device
+CHECK = 3  # iterations between looks at the stopping rule: each waits for the device
 CURVATURE_UP, CURVATURE_DOWN = 1.5, 0.98
+BLOCK = 1 << 16  # words squared at a time
+CORRELATED = 1024  # features up to which their correlations are worth a product with themselves
+INNER_STEPS = 5  # for the proximal step under them: with fewer or more of them it takes longer
 PATIENCE = 2  # penalties in a row that are not clearly better after which a layer leaves the path
 COLUMNS = (
     "layer", "accuracy", "macro_f1", "majority", "control_accuracy", "selectivity", "l1", "l2",
@@ -171,18 +179,21 @@ def _standardise(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(standardised, mean, scale) of one layer's activations (words, features), whose memory is
     used: of all neurons of a large corpus there is room for one copy."""
-    _check_finite(x, f"activations of layer {layer}")
-    if weights is None:
-        variance, mean = torch.var_mean(x, dim=0, correction=0)
-    else:
-        mean = weights @ x
-        variance = weights @ (x - mean).square()
+    mean = x.mean(dim=0) if weights is None else weights @ x
+    if not torch.isfinite(mean).all():
+        _check_finite(x, f"activations of layer {layer}")
+    x.sub_(mean)
+    variance = torch.zeros_like(mean)
+    for start in range(0, len(x), BLOCK):  # a tenth of torch.var's time
+        squares = x[start : start + BLOCK].square()
+        own = None if weights is None else weights[start : start + BLOCK]
+        variance += squares.sum(dim=0) / len(x) if own is None else own @ squares
     scale = variance.sqrt()
     # A constant has a standard deviation of some rounding errors. What float16 cannot tell from
     # zero counts as constant too (MiniLM-L6's last layer has two features of about 1e-32).
     constant = (scale <= 1e-6 * mean.abs()) | (scale < 6e-8)
     scale = torch.where(constant, 1.0, scale)
-    x.sub_(mean).div_(scale)
+    x.div_(scale)
     x[:, constant] = 0
     return x, mean, scale
 
@@ -195,7 +206,38 @@ def proximal_step(point: torch.Tensor, step: torch.Tensor, l1: torch.Tensor) -> 
 
     What is within ``step * l1`` of zero becomes exactly zero.
     """
-    return point.sign() * (point.abs() - step * l1).clamp_min(0)
+    reach = step * l1
+    return point - point.clamp(-reach, reach)
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """In which a layer's features are measured: `products` (features, features), the mean of x xᵀ
+    over words, or None for the identity; `largest`, a bound on its eigenvalues."""
+
+    products: torch.Tensor | None
+    largest: float
+
+    def __call__(self, w: torch.Tensor) -> torch.Tensor:
+        """`w` (rows, features) times the metric."""
+        return w if self.products is None else w @ self.products
+
+
+def _metric(x: torch.Tensor, weights: torch.Tensor) -> _Metric:
+    """Of standardised activations (words, features) and the words' weights (words,)."""
+    if x.shape[1] > CORRELATED:
+        return _Metric(None, 1.0)
+    products = (x.T * weights) @ x
+    # By Gelfand's formula: the norm of a high power bounds the power of the largest eigenvalue.
+    largest, power = 1.0, products
+    for doublings in range(5):
+        norm = float(power.norm())
+        if norm == 0:
+            return _Metric(products, 0.0)
+        largest *= norm ** (0.5**doublings)
+        power = power / norm
+        power = power @ power
+    return _Metric(products, 1.01 * largest)
 
 
 @dataclass
@@ -203,10 +245,12 @@ class _Problems:
     """Problems that share activations: problem p reads layer[p] and wants targets[p].
 
     `layer` is ascending, on the CPU; `l1`, `l2` (problems,). `x`: one standardised (words,
-    features) tensor a layer; `targets` (problems, words); `weights` (words,), summing to 1.
+    features) tensor a layer; `metric`: one a layer, by `_metric`; `targets` (problems, words);
+    `weights` (words,), summing to 1.
     """
 
     x: list[torch.Tensor]
+    metric: list[_Metric]
     layer: torch.Tensor
     targets: torch.Tensor
     l1: torch.Tensor
@@ -234,11 +278,40 @@ def _solve(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> _Solution:
-    """Minimise every problem's objective to a relative gap of `tolerance`, from `weight`, `bias`.
+    """Minimise each problem's objective to a relative gap of `tolerance`, from `weight`, `bias`."""
+    if given.targets.device.type != "cpu":
+        return _solve_together(given, tolerance, max_iterations, weight, bias)
+    parts = []
+    for layer, rows in _runs(given.layer.tolist()):
+        own = _Problems(
+            [given.x[layer]], [given.metric[layer]], torch.zeros_like(given.layer[rows]),
+            given.targets[rows], given.l1[rows], given.l2[rows], given.weights, given.classes,
+        )  # fmt: skip
+        start = (None, None) if weight is None or bias is None else (weight[rows], bias[rows])
+        parts.append(_solve_together(own, tolerance, max_iterations, *start))
+    return _Solution(
+        *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Solution))
+    )
 
-    Notation, as in Beck and Teboulle: w the iterate, v the extrapolated point, theta the momentum's
-    counter. Arrays over words are (problems, classes, words).
-    """
+
+def _runs(layer: list[int]) -> Iterator[tuple[int, slice]]:
+    """(layer, its problems): those of one layer are neighbours, and share a matrix product."""
+    start = 0
+    for end in range(1, len(layer) + 1):
+        if end == len(layer) or layer[end] != layer[start]:
+            yield layer[start], slice(start, end)
+            start = end
+
+
+def _solve_together(
+    given: _Problems,
+    tolerance: float,
+    max_iterations: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> _Solution:
+    """Notation, as in Beck and Teboulle: w the iterate, v the extrapolated point, theta the
+    momentum's counter. Arrays over words are (problems, classes, words)."""
     device = given.targets.device
     problems, words = given.targets.shape
     features, classes = given.x[0].shape[1], given.classes
@@ -246,29 +319,22 @@ def _solve(
     layer = given.layer.tolist()
     targets = given.targets[:, None]  # (problems, 1, words)
     l1, l2 = given.l1[:, None, None], given.l2[:, None, None]
+    largest = torch.tensor([given.metric[i].largest for i in layer], device=device)[:, None, None]
 
     prior = torch.zeros(problems, classes, device=device)
     prior.scatter_add_(1, given.targets, mass.expand(problems, words))
     prior = prior.clamp_min(0.1 / words)  # a class may never occur
     prior /= prior.sum(dim=1, keepdim=True)
     shape = (prior * (1 - prior)).sqrt()[:, :, None]  # of the curvature, over classes
-    curvature = torch.ones(problems, 1, 1, device=device)
+    curvature = torch.full((problems, 1, 1), 0.5, device=device)
     if weight is None or bias is None:
         weight = torch.zeros(problems, classes, features, device=device)
         bias = prior.log()
     w, b = weight, bias
 
-    def runs() -> Iterable[tuple[int, slice]]:
-        """(layer, its problems): those of one layer are neighbours, and share a matrix product."""
-        start = 0
-        for end in range(1, len(layer) + 1):
-            if end == len(layer) or layer[end] != layer[start]:
-                yield layer[start], slice(start, end)
-                start = end
-
     def logits(w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(layer), classes, words, device=device)
-        for i, rows in runs():
+        for i, rows in _runs(layer):
             flat = out[rows].view(-1, words)
             torch.addmm(
                 b[rows].reshape(-1, 1), w[rows].reshape(-1, features), given.x[i].T, out=flat
@@ -277,9 +343,14 @@ def _solve(
 
     def weight_gradient(residual: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(layer), classes, features, device=device)
-        for i, rows in runs():
+        for i, rows in _runs(layer):
             torch.mm(residual[rows].view(-1, words), given.x[i], out=out[rows].view(-1, features))
         return out
+
+    def measured(w: torch.Tensor) -> torch.Tensor:
+        """`w` times its layer's metric."""
+        parts = [given.metric[i](w[rows].flatten(0, 1)) for i, rows in _runs(layer)]
+        return torch.cat(parts).view_as(w) if len(parts) > 1 else parts[0].view_as(w)
 
     def cross_entropy(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(problems,) in float64, and the log-probabilities."""
@@ -290,16 +361,16 @@ def _solve(
         return (l1 * w.abs() + l2 / 2 * w.square()).sum(dim=(1, 2), dtype=torch.float64)
 
     z = logits(w, b)
-    objective = cross_entropy(z)[0] + penalty(w)
-    bound = torch.full_like(objective, -torch.inf)  # under the minimum
+    w_loss = cross_entropy(z)[0]
+    bound = torch.full_like(w_loss, -torch.inf)  # under the minimum
     v, vb, vz = w, b, z
     theta = torch.ones_like(curvature)
 
     out = _Solution(
         torch.empty(problems, classes, features, device=device),
         torch.empty(problems, classes, device=device),
-        torch.empty_like(objective),
-        torch.empty_like(objective),
+        torch.empty_like(w_loss),
+        torch.empty_like(w_loss),
         torch.zeros(problems, dtype=torch.int64, device=device),
         torch.zeros(problems, dtype=torch.bool, device=device),
     )
@@ -323,6 +394,7 @@ def _solve(
             slack = (bias_gradient.square() / spread.clamp_min(1e-12)).sum(dim=1)
             dual = loss + penalty(v) - above.sum(dim=(1, 2), dtype=torch.float64) - slack
             bound = torch.maximum(bound, dual)
+            objective = w_loss + penalty(w)
             gap = objective - bound
             done = gap <= tolerance * objective
             leaving = done if iteration < max_iterations else torch.ones_like(done)
@@ -336,26 +408,38 @@ def _solve(
                     break
                 layer = [layer[i] for i in stay.tolist()]
                 (
-                    where, targets, l1, l2, shape, curvature, w, b, z, v, vb, vz, theta, objective,
-                    bound, loss, gradient, bias_gradient,
+                    where, targets, l1, l2, largest, shape, curvature, w, b, z, v, vb, vz, theta,
+                    w_loss, bound, loss, gradient, bias_gradient,
                 ) = (
                     t[stay] for t in (
-                        where, targets, l1, l2, shape, curvature, w, b, z, v, vb, vz, theta,
-                        objective, bound, loss, gradient, bias_gradient,
+                        where, targets, l1, l2, largest, shape, curvature, w, b, z, v, vb, vz,
+                        theta, w_loss, bound, loss, gradient, bias_gradient,
                     )
                 )  # fmt: skip
 
-        metric = curvature * shape  # (problems, classes, 1)
-        step = 1 / (metric + l2)
-        new = proximal_step(v - step * (gradient + l2 * v), step, l1)
-        new_b = vb - bias_gradient / metric[:, :, 0]
+        scale = curvature * shape  # (problems, classes, 1), of the metric
+        step = 1 / (scale * largest + l2)
+        if all(given.metric[i].products is None for i in layer):
+            new = proximal_step(v - step * (gradient + l2 * v), step, l1)
+        else:
+            # FISTA on the model: its gradient at a point is fixed + scale metric(point) + l2 point.
+            fixed = step * (scale * measured(v) - gradient)
+            shrunk, scaled = 1 - step * l2, step * scale
+            new = point = v
+            for k in range(INNER_STEPS):
+                down = torch.addcmul(fixed, shrunk, point)
+                down = down.addcmul_(scaled, measured(point), value=-1)
+                last, new = new, proximal_step(down, step, l1)
+                point = torch.lerp(last, new, 1 + k / (k + 3))
+        new_b = vb - bias_gradient / scale[:, :, 0]
         new_z = logits(new, new_b)
         new_loss = cross_entropy(new_z)[0]
         move, move_b = new - v, new_b - vb
+        pull = scale * measured(move)
         beyond = new_loss - loss - (gradient * move).sum(dim=(1, 2), dtype=torch.float64)
         beyond -= (bias_gradient * move_b).sum(dim=1)
-        model = (metric * move.square()).sum(dim=(1, 2)) / 2
-        model += (metric[:, :, 0] * move_b.square()).sum(dim=1) / 2
+        model = (pull * move).sum(dim=(1, 2)) / 2
+        model += (scale[:, :, 0] * move_b.square()).sum(dim=1) / 2
         # Where the model does not bound the loss the step is taken again, shorter. The last term is
         # the rounding error of the two losses.
         again = ~(beyond <= model + 1e-6 * loss)[:, None, None]
@@ -363,17 +447,25 @@ def _solve(
         curvature = curvature * torch.where(
             again, ratio.clamp(CURVATURE_UP, 8.0), torch.full_like(ratio, CURVATURE_DOWN)
         )
-        uphill = (metric * move * (new - w)).sum(dim=(1, 2), keepdim=True) < 0
+        uphill = (pull * (new - w)).sum(dim=(1, 2), keepdim=True) < 0
         theta_now = torch.where(uphill, 1.0, theta)
         theta_next = (1 + (1 + 4 * theta_now.square()).sqrt()) / 2
-        momentum = (theta_now - 1) / theta_next
-        v = torch.where(again, v, new + momentum * (new - w))
-        vb = torch.where(again[..., 0], vb, new_b + momentum[..., 0] * (new_b - b))
-        vz = torch.where(again, vz, new_z + momentum * (new_z - z))
-        objective = torch.where(again[:, 0, 0], objective, new_loss + penalty(new))
-        w, z = torch.where(again, w, new), torch.where(again, z, new_z)
-        b = torch.where(again[..., 0], b, new_b)
-        theta = torch.where(again, theta, theta_next)
+        beyond_new = 1 + (theta_now - 1) / theta_next  # how far v is from w to new
+        # A GPU would have to be waited for to see that no problem steps again.
+        some = device.type != "cpu" or bool(again.any())
+        v, vb, vz, w, b, z, theta, w_loss = (
+            torch.where(again.view(-1, *[1] * (old.ndim - 1)), old, moved) if some else moved
+            for old, moved in (
+                (v, torch.lerp(w, new, beyond_new)),
+                (vb, torch.lerp(b, new_b, beyond_new[..., 0])),
+                (vz, torch.lerp(z, new_z, beyond_new)),
+                (w, new),
+                (b, new_b),
+                (z, new_z),
+                (theta, theta_next),
+                (w_loss, new_loss),
+            )
+        )
     return out
 
 
@@ -457,6 +549,7 @@ def fit_probes(
     found = _solve(
         _Problems(
             list(xs),
+            [_metric(z, mass) for z in xs],
             torch.zeros(problems, dtype=torch.long) if shared else torch.arange(problems),
             ids.expand(problems, words),
             torch.tensor([p[0] for p in pairs], device=device),
@@ -549,16 +642,22 @@ def _fit_chosen(
     targets = targets.repeat(len(x), 1)  # (problems, words)
     problems, words, features = len(targets), targets.shape[1], x[0].shape[1]
 
-    def solve(rows: list[int], part: slice, pairs: list, loose: float, weight: Any, bias: Any):
+    def measure(part: slice) -> tuple[slice, torch.Tensor, list[_Metric]]:
         count = len(range(words)[part])
+        weights = torch.full((count,), 1 / count, device=device)
+        return part, weights, [_metric(z[part], weights) for z in x]
+
+    def solve(rows: list[int], on: tuple, pairs: list, loose: float, weight: Any, bias: Any):
+        part, weights, metric = on
         return _solve(
             _Problems(
                 [z[part] for z in x],
+                metric,
                 layer[rows],
                 targets[rows, part],
                 torch.tensor([p[0] for p in pairs], device=device),
                 torch.tensor([p[1] for p in pairs], device=device),
-                torch.full((count,), 1 / count, device=device),
+                weights,
                 classes,
             ),
             loose * tolerance,
@@ -573,10 +672,10 @@ def _fit_chosen(
         best, since = [None] * problems, [0] * problems  # best: (words of dev,) losses
         weight = torch.empty(problems, classes, features, device=device)
         bias = torch.empty(problems, classes, device=device)
-        rows, last = everyone, None
+        rows, last, inner = everyone, None, measure(slice(0, fit))
         for penalty in penalties:
             start = (None, None) if last is None else (last.weight, last.bias)
-            last = solve(rows, slice(0, fit), [penalty] * len(rows), 10.0, *start)
+            last = solve(rows, inner, [penalty] * len(rows), 10.0, *start)
             stay = []
             for j, row in enumerate(rows):
                 scores = torch.addmm(last.bias[j], x[int(layer[row])][fit:], last.weight[j].T)
@@ -593,7 +692,7 @@ def _fit_chosen(
                 break
             rows = [rows[j] for j in stay]
             last.weight, last.bias = last.weight[stay], last.bias[stay]
-    return solve(everyone, slice(0, words), chosen, 1.0, weight, bias), chosen
+    return solve(everyone, measure(slice(0, words)), chosen, 1.0, weight, bias), chosen
 
 
 def choose_penalty(

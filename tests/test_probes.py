@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from healing_utils import probes
 from healing_utils.errors import HealingError
 from healing_utils.probes import (
     COLUMNS,
@@ -237,6 +238,46 @@ def test_float16_tensors_and_memory_maps_give_what_float32_gives(tmp_path):
         got = fit_probes(given_, y, 3, 0.003, 0.003)
         assert np.array_equal(got.weight, want.weight)
         assert np.array_equal(got.predict(given_), want.predict(half.astype(np.float32)))
+
+
+def test_correlated_features_need_fewer_passes_in_their_own_metric(monkeypatch):
+    x, y = planted(layers=1, layer=0, features=40, noise=3.0)
+    rng = np.random.default_rng(1)
+    common = rng.standard_normal((len(y), 3)) @ rng.standard_normal((3, 40))
+    x[0] += 20 * common.astype(np.float32)
+    own = fit_probes(x, y, 3, 1e-3, 1e-3, tolerance=1e-5)
+    monkeypatch.setattr(probes, "CORRELATED", 0)
+    plain = fit_probes(x, y, 3, 1e-3, 1e-3, tolerance=1e-5)
+    assert own.converged.all() and plain.converged.all()
+    assert own.objective == pytest.approx(plain.objective, rel=2e-5)
+    assert own.iterations[0] < 0.7 * plain.iterations[0]
+
+
+@pytest.mark.parametrize("features", [1, 2, 7, 60])
+def test_the_metric_is_the_mean_product_and_its_bound_is_close(features):
+    rng = np.random.default_rng(features)
+    x = torch.from_numpy(rng.standard_normal((50, features)).astype(np.float32))
+    x[:, -1] = -x[:, 0]  # the largest eigenvector has a sum of zero where these are all
+    weights = torch.from_numpy(rng.dirichlet(np.ones(50)).astype(np.float32))
+    metric = probes._metric(x, weights)
+    want = sum(w * torch.outer(row, row) for w, row in zip(weights, x, strict=True))
+    assert torch.allclose(metric.products, want, atol=1e-5)
+    largest = float(torch.linalg.eigvalsh(want.double())[-1])
+    assert largest <= metric.largest <= 1.2 * largest
+    assert probes._metric(torch.zeros(50, features), weights).largest == 0
+
+
+def test_layers_together_as_on_a_gpu_reach_the_same_minima(monkeypatch):
+    x, y = planted(layers=4, layer=2)
+    strengths = ([0.05, 0.003, 0.001, 0.02],) * 2  # they leave at different times
+    apart = fit_probes(x, y, 3, *strengths, tolerance=1e-6)
+    monkeypatch.setattr(probes, "_solve", probes._solve_together)
+    for correlated in (0, probes.CORRELATED):
+        monkeypatch.setattr(probes, "CORRELATED", correlated)
+        together = fit_probes(x, y, 3, *strengths, tolerance=1e-6)
+        assert together.converged.all()
+        assert together.objective == pytest.approx(apart.objective, rel=2e-6)
+        assert np.abs(together.weight - apart.weight).max() < 1e-2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")

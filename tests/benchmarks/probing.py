@@ -338,8 +338,8 @@ def checks(result: dict[str, Any]) -> dict[str, bool]:
         rows = result["saga"]["layers"]
         share = len(rows) / result["shape"][0]
         seconds = float(np.median(result["saga"]["ours_seconds"])) * share
-        held["the probes alone ahead of saga at the same objective"] = (
-            seconds < sum(row["seconds"] for row in rows)
+        held["the probes alone ahead of saga at the same objective"] = seconds < sum(
+            row["seconds"] for row in rows
         )
     return held
 
