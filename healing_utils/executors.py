@@ -9,19 +9,22 @@ notebook kernels and worker processes inherit.
   the parameter `workers` says) or ``ray`` (a cluster, see `cluster`).
 - ``HEALING_RAY_ADDRESS``: the cluster's, ``host:port``; without it Ray finds or starts one.
 - ``HEALING_SHARD``: ``2/8``, the second of eight shares that runs in folders of their own compute.
+- ``HEALING_HELPED``: stages that have workers: `healing run` says so to its kernels (see `ahead`),
+  which then start none of their own for these.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from healing_utils.errors import HealingError, choose
-from healing_utils.workers import helping
+from healing_utils.workers import Job, helping
 
 if TYPE_CHECKING:
     from healing_utils.study import Cell, Study
@@ -75,13 +78,35 @@ def further_workers(parameters: Mapping[str, Any], cells: int) -> int:
 
 
 class Workers(InProcess):
-    """As in this process, with further ones that share the cells."""
+    """As in this process, with further ones that share the cells; it starts them for the stage
+    where none are at it."""
 
     def outcomes(
         self, study: Study, stage: str, cells: list[Cell], note: Callable[[str], None]
     ) -> Iterator[Outcome]:
-        with helping(study.parameters, stage, further_workers(study.parameters, len(cells))):
+        helped = stage in os.environ.get("HEALING_HELPED", "").split()
+        count = 0 if helped else further_workers(study.parameters, len(cells))
+        with helping([(study.parameters, [stage])], count):
             yield from super().outcomes(study, stage, cells, note)
+
+
+@contextlib.contextmanager
+def ahead(jobs: Sequence[Job], usual: Mapping[str, str]) -> Iterator[None]:
+    """Have one set of workers compute cells of all `jobs` while the block runs, beside what it
+    starts and ahead of it; `usual` as of `helping`.
+
+    None are started where cells are computed in another way, or in one process.
+    """
+    count = min(parameters.get("workers", 1) for parameters, _ in jobs) - 1
+    if not count or not isinstance(chosen(), Workers):
+        yield
+        return
+    with helping(jobs, count, usual):
+        os.environ["HEALING_HELPED"] = " ".join(stage for _, stages in jobs for stage in stages)
+        try:
+            yield
+        finally:
+            del os.environ["HEALING_HELPED"]
 
 
 def chosen() -> Executor:

@@ -10,7 +10,8 @@ What the time stands on, where it is not measured:
 - neurons: the search for the minimal set is taken to end at an eighth of all neurons;
 - probes grow with words and layers, their fits with words and features, linearly;
 - a fine-tuned model takes two loads: the pre-trained one, then its own weights;
-- notebooks add the start of a kernel each and their figures, which are not in it.
+- notebooks add the start of a kernel each and their figures, which are not in it; further workers
+  compute meanwhile.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from healing_utils.executors import further_workers
 from healing_utils.records import Store, canonical, write_atomically
 from healing_utils.runner import ESTIMATE, duration
 
@@ -556,7 +556,7 @@ class Plan:
 def processes(parameters: Mapping[str, Any], left: int) -> int:
     """Processes that compute at once when a stage has `left` cells; no more than the machine's
     cores carry."""
-    wanted = 1 + further_workers(parameters, left)
+    wanted = min(parameters["workers"], left)
     return max(1, min(wanted, cores() // parameters["threads"]))
 
 

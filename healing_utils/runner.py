@@ -4,6 +4,9 @@ Each notebook runs in a process of its own: papermill is not safe across threads
 this one what it does, one JSON object a line on its standard output; what the kernel itself writes
 to the terminal goes to standard error. The process ends when its standard input does, so that even
 after a SIGKILL of the run no kernel goes on computing behind its back.
+
+Where cells are shared by several processes, the further ones are started here, once: they compute
+beside each notebook and run ahead to the stages of those that follow.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from healing_utils import finished
+from healing_utils import executors, finished
 from healing_utils import notebooks as notebook_files
 from healing_utils.errors import HealingError, choose
 from healing_utils.paths import run_folder
@@ -112,6 +115,12 @@ def default_notebooks() -> Path:
 
 
 # -- what a run is -----------------------------------------------------------------------------
+
+
+def computed_by(notebook: Path) -> tuple[str, ...]:
+    """The stages whose cells a notebook computes, in order, and what it computes beside them."""
+    subject = notebook.stem[3:]
+    return (*BESIDE.get(subject, ()), *STAGES_OF.get(subject, ()))
 
 
 def sequence(
@@ -207,15 +216,20 @@ def run(
     if free < DISK_WANTED:
         say(f"Warning: only {free / 1e9:.1f} GB are free there, {DISK_WANTED / 1e9:.0f} are wanted")
     start = time.monotonic()
-    for number, (path, passed) in enumerate(chosen.items(), 1):
-        stages = STAGES_OF.get(path.stem[3:], ())
-        if not again and finished.is_finished(path, target, passed, stages):
-            say(f"[{number}/{len(chosen)}] {path.stem}: finished before")
-            continue
-        say(f"[{number}/{len(chosen)}] {path.stem}")
-        finished.unmark(path, target)
-        _run_notebook(path, target, passed, say, cell_timeout)
-        finished.mark(path, target, passed)
+    jobs = [(passed, computed_by(path)) for path, passed in chosen.items() if computed_by(path)]
+    with contextlib.ExitStack() as running:
+        for number, (path, passed) in enumerate(chosen.items(), 1):
+            stages = STAGES_OF.get(path.stem[3:], ())
+            if not again and finished.is_finished(path, target, passed, stages):
+                say(f"[{number}/{len(chosen)}] {path.stem}: finished before")
+                continue
+            say(f"[{number}/{len(chosen)}] {path.stem}")
+            if jobs and stages:  # only now: a run that is finished needs no workers
+                running.enter_context(executors.ahead(jobs, HUGE_PAGES))
+                jobs = []
+            finished.unmark(path, target)
+            _run_notebook(path, target, passed, say, cell_timeout)
+            finished.mark(path, target, passed)
     say(f"All {len(chosen)} notebooks done in {duration(time.monotonic() - start)}")
     if write_page is None:
         from healing_utils.page import write_page
@@ -240,7 +254,6 @@ def run_shard(
     No notebook is run: tables, figures and page need the cells of all shards. Arguments as of
     `run`. Raises HealingError where input is wrong or cells failed, after all others are done.
     """
-    from healing_utils import executors
     from healing_utils.study import Study
 
     folder, share = Path(notebooks or default_notebooks()), executors.shard()
@@ -249,8 +262,7 @@ def run_shard(
     say(f"Shard {share} of profile {name} in {target}")
     cells, failures = {}, []
     for path, passed in chosen.items():
-        subject = path.stem[3:]
-        for stage in (*BESIDE.get(subject, ()), *STAGES_OF.get(subject, ())):
+        for stage in computed_by(path):
             say(stage)
             try:
                 # As in its notebook: a parameter that is not declared there has its default.

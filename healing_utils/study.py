@@ -58,6 +58,7 @@ RECIPE = (
     "max_length", "max_tokens", "evaluations", "precision",
 )  # fmt: skip
 SIMILARITY_EXAMPLES = 200  # test sentences over which representations are compared
+LOOK_AGAIN = 0.2  # seconds between two looks for a record that another process is to write
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scikit-learn")
 
 
@@ -405,7 +406,8 @@ class Study:
         return cells
 
     def help(self, stage: str, stop: Callable[[], bool]) -> None:
-        """Compute cells of a stage for another process, from the last one on, until `stop()`.
+        """Compute cells of a stage for another process, from the last one on, until `stop()` or
+        until all are recorded, whoever computes them.
 
         That process reports what fails: it comes to the cell itself.
         """
@@ -414,11 +416,17 @@ class Study:
             if stop():
                 sys.exit()
 
-        for cell in filter(executors.shard().has, reversed(self.plan(stage))):
+        cells = list(filter(executors.shard().has, self.plan(stage)))
+        for cell in reversed(cells):
             on_step()
             with contextlib.suppress(Exception):
                 if self.store.read(cell.stage, cell.key) is None:
                     self._compute(cell, on_step)
+        # Later stages stand on this one: without its weights they would train its models again.
+        for cell in cells:
+            while self.store.read(cell.stage, cell.key) is None:
+                on_step()
+                time.sleep(LOOK_AGAIN)
 
     def table(self, stage: str, cells: list[Cell] | None = None) -> pandas.DataFrame:
         """The stage's finished cells; raises HealingError naming a planned cell that is missing.

@@ -3,6 +3,10 @@
 Small models gain more from a second process than from a second thread. The processes share nothing
 but the run's folder: claims keep them off each other's cells, and only whole records count. One
 that dies costs the cell it was at, which another computes again.
+
+A kernel has its workers help at the stage that it is at. `healing run` starts one set of them for
+its whole sequence: they go from stage to stage by themselves, so that they compute on while a
+notebook draws its figures and the next kernel starts.
 """
 
 from __future__ import annotations
@@ -12,18 +16,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PATIENCE = 10.0  # seconds a worker gets to release its claim when its work is not needed any more
 
+Job = tuple[Mapping[str, Any], Sequence[str]]  # a study's parameters, and stages of it in order
+
 
 @contextlib.contextmanager
-def helping(parameters: Mapping[str, Any], stage: str, count: int) -> Iterator[None]:
-    """Have `count` workers compute cells of `stage` for as long as the block runs."""
+def helping(
+    jobs: Iterable[Job], count: int, usual: Mapping[str, str] | None = None
+) -> Iterator[list[subprocess.Popen]]:
+    """Have `count` workers, which the block is given, compute cells of `jobs` while it runs.
+
+    They take jobs and stages in order: one is begun when every cell of that before has its record.
+    `usual` is their environment where this process's own says nothing else.
+    """
+    given = json.dumps([(dict(parameters), list(stages)) for parameters, stages in jobs])
     package = str(Path(__file__).resolve().parents[1])
     environment = {
+        **(usual or {}),
         **os.environ,
         "HEALING_PROGRESS": "quiet",
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
@@ -31,7 +45,7 @@ def helping(parameters: Mapping[str, Any], stage: str, count: int) -> Iterator[N
     workers = []
     for _ in range(count):
         worker = subprocess.Popen(
-            [sys.executable, "-m", "healing_utils.workers", stage],
+            [sys.executable, "-m", "healing_utils.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # what fails here fails again, and is told, where it counts
@@ -39,11 +53,11 @@ def helping(parameters: Mapping[str, Any], stage: str, count: int) -> Iterator[N
             text=True,
         )
         with contextlib.suppress(BrokenPipeError):
-            worker.stdin.write(json.dumps(dict(parameters)))
+            worker.stdin.write(given)
             worker.stdin.close()
         workers.append(worker)
     try:
-        yield
+        yield workers
     finally:
         for worker in workers:
             worker.terminate()
@@ -56,19 +70,22 @@ def helping(parameters: Mapping[str, Any], stage: str, count: int) -> Iterator[N
 
 
 def main() -> None:
-    """Compute cells of the stage named on the command line; parameters come in as JSON."""
+    """Compute cells of the jobs that come in as JSON."""
     import signal
 
     parent = os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the claim is released
-    parameters = json.load(sys.stdin)
+    jobs = json.load(sys.stdin)
 
     def orphaned() -> bool:
         return os.getppid() != parent
 
     from healing_utils.study import Study
 
-    Study(parameters).help(sys.argv[1], stop=orphaned)
+    for parameters, stages in jobs:
+        study = Study(parameters)
+        for stage in stages:
+            study.help(stage, stop=orphaned)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,15 @@ def test_shards_merge_into_the_records_of_one_run(folder, monkeypatch):
         assert same.drop(columns=left).equals(table.drop(columns=left))
 
 
+def test_a_worker_computes_and_waits_for_its_own_shard_alone(folder, monkeypatch):
+    monkeypatch.setenv("HEALING_SHARD", "2/2")
+    study = Study(parameters(folder, "helped"))
+    study.help("corruption", stop=lambda: False)  # which ends although cells are missing
+    mine = {cell.key for cell in study.plan("corruption") if executors.shard().has(cell)}
+    assert {record["key"] for record in study.store.records("corruption")} == mine
+    assert 0 < len(mine) < len(study.plan("corruption"))
+
+
 def test_a_shard_of_the_sequence_needs_no_notebook_and_says_what_is_left(folder, capsys):
     """With the project's own notebooks: each stage's parameters are those that it declares."""
     given = parameters(folder, "unused", seeds=[0], scratch=False) | {

@@ -88,12 +88,12 @@ def test_models_of_tasks_that_no_task_stage_planned_are_trained_and_scored(
     monkeypatch.setattr(
         executors,
         "helping",
-        lambda given, stage, count: asked.append((stage, count)) or helping(given, stage, 0),
+        lambda jobs, count: asked.append((jobs[0][1], count)) or helping(jobs, 0),
     )
     linguistics.score_networks(Study({**study.parameters, "workers": 2}))
     cells = study.plan("networks")
     # Two seeds: intact of both tasks, and broken and healed by side of the study's own.
-    assert len(cells) == 2 * (2 + 4) and asked == [("networks", 1)]
+    assert len(cells) == 2 * (2 + 4) and asked == [(["networks"], 1)]
     assert all(study.store.read(cell.stage, cell.key) for cell in cells)
     assert not (study.run_folder / "plans").exists()  # they are no stage's plan
 

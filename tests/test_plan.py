@@ -202,6 +202,12 @@ def test_a_partly_finished_run_has_the_rest(parameters, finished, tmp_path):
 # --- Time -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("left", "at_once"), [(0, 1), (1, 1), (2, 2), (5, 4), (20, 4)])
+def test_workers_share_a_stage_as_far_as_its_cells_and_the_cores_go(monkeypatch, left, at_once):
+    monkeypatch.setattr(plan, "cores", lambda: 8)
+    assert plan.processes({"workers": 6, "threads": 2}, left) == at_once
+
+
 def test_the_estimate_of_a_real_run_is_within_reason(before, finished):
     assert all(seconds > 0 for s in before.stages for *_, seconds in s.left)
     lines = plan.compare(finished.run_folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 import pytest
 from helpers import contents, save_tiny_bert, tiny_study, write_planted_task
 
+from healing_utils import study as study_module
 from healing_utils import workers
 from healing_utils.study import Study
 
@@ -52,6 +55,65 @@ def test_workers_give_the_records_of_one_process(folder, monkeypatch):
     assert not list((folder / "shared" / "claims").iterdir())
 
 
+def wait(until, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_worker_goes_on_to_the_next_stage_when_the_one_before_is_complete(folder):
+    """Another process, here the test, is long at one cell of the first stage."""
+    given = tiny_study(folder / "ahead", folder / "model", folder / "task")
+    for stage in ("baseline", "recovery"):
+        Study(given | {"run": str(folder / "in-turn")}).run(stage)
+    study = Study(given)
+    held = study.plan("baseline")[0]
+    records, claims = folder / "ahead" / "records", folder / "ahead" / "claims"
+    with workers.helping([(given, ["baseline"]), (given, ["recovery"])], 1):
+        with study.store.claim(held.key) as mine:
+            assert mine
+            wait(lambda: len(list(records.glob("baseline/*.json"))) == 1)
+            time.sleep(5 * study_module.LOOK_AGAIN)  # it would take a cell of the next at once
+            assert [path.stem for path in claims.iterdir()] == [held.key]
+            assert not (records / "recovery").exists()
+            study.write(held, study.result(held, lambda *_: None))
+        wait(lambda: contents(folder / "ahead") == contents(folder / "in-turn"))
+
+
+def test_a_cell_that_fails_is_tried_once_and_waited_for(folder, tmp_path, monkeypatch):
+    study = Study(tiny_study(tmp_path / "run", folder / "model", folder / "task"))
+    tried, slept = [], []
+
+    def fails(self, cell, on_step):
+        tried.append(cell.key)
+        raise ValueError("planted")
+
+    monkeypatch.setattr(Study, "_compute", fails)
+    monkeypatch.setattr(study_module.time, "sleep", slept.append)
+    with pytest.raises(SystemExit):
+        study.help("baseline", stop=lambda: len(slept) == 50)
+    assert tried == [cell.key for cell in reversed(study.plan("baseline"))]
+    assert slept == [study_module.LOOK_AGAIN] * 50
+
+
+def test_a_worker_whose_stage_stays_incomplete_waits_until_it_is_ended(folder, tmp_path):
+    """The weights of one of two models are cut off: its cells fail wherever they are computed."""
+    shutil.copytree(folder / "model", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    models = [str(folder / "model"), str(tmp_path / "cut")]
+    given = tiny_study(tmp_path / "run", folder / "model", folder / "task", seeds=[0])
+    with workers.helping([(given | {"model": models}, ["baseline", "recovery"])], 1) as (worker,):
+        wait(lambda: list((tmp_path / "run").glob("records/baseline/*.json")))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(5 * study_module.LOOK_AGAIN)
+        assert worker.returncode is None
+        assert [p.name for p in (tmp_path / "run" / "records").iterdir()] == ["baseline"]
+    assert worker.returncode == 0  # it ended by itself, asked to
+    assert not list((tmp_path / "run" / "claims").iterdir())
+
+
 def test_a_worker_ends_when_its_parent_is_killed(folder, tmp_path):
     """The parent dies by SIGKILL, with no chance to tell: the worker notices by itself."""
     parameters = tiny_study(
@@ -60,7 +122,8 @@ def test_a_worker_ends_when_its_parent_is_killed(folder, tmp_path):
     script = (
         "import json, sys, time\n"
         "from healing_utils import workers\n"
-        f"with workers.helping(json.loads({json.dumps(json.dumps(parameters))}), 'baseline', 1):\n"
+        f"parameters = json.loads({json.dumps(json.dumps(parameters))})\n"
+        "with workers.helping([(parameters, ['baseline'])], 1):\n"
         "    time.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script])
@@ -101,6 +164,6 @@ def test_helping_ends_its_workers(folder, tmp_path):
         tmp_path / "run", folder / "model", folder / "task", seeds=[0], epochs=500.0
     )
     started = time.monotonic()
-    with workers.helping(parameters, "baseline", 2):
+    with workers.helping([(parameters, ["baseline"])], 2):
         pass
     assert time.monotonic() - started < 30
