@@ -34,10 +34,9 @@ from healing_utils.neurons import (
 )  # fmt: skip
 from healing_utils.probes import probe_layers
 from healing_utils.records import canonical
-from healing_utils.similarity import layer_similarity
 from healing_utils.study import Cell, Study
 from healing_utils.tasks import TaskData
-from healing_utils.training import Encoded, evaluate
+from healing_utils.training import evaluate
 
 if TYPE_CHECKING:
     import pandas
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 # Raised whenever a change makes the same parameters give other numbers here.
 NUMERICS = 3
-SIMILARITY_EXAMPLES = 200  # test sentences of the task over which representations are compared
 ABLATION_EXAMPLES = 200  # training sentences over which a neuron's mean is taken
 ABLATED = (0.01, 0.05, 0.2)  # shares of all neurons
 OVERLAP = 50  # strongest neurons whose overlap between rankings is given
@@ -270,13 +268,7 @@ def _probe(study: Study, cell: ProbeCell, on_step: Callable[..., None]) -> dict[
     layers = json.loads(table.to_json(orient="records", double_precision=15))
     result: dict[str, Any] = {"layers": layers, "read": read}
     if cell.state in ("broken", "healed"):
-        intact = study.cell("intact", cell.model, cell.task, cell.seed)
-        data = study.examples(cell).test
-        few = slice(0, SIMILARITY_EXAMPLES)
-        sample = Encoded(
-            data.ids[few], data.types[few] if data.types else None, data.labels[few], data.pad
-        )
-        result["cka"] = layer_similarity(study.network(intact), model, sample)["cka"]
+        result["cka"] = study.similarity(cell, model)["cka"]
     _forget(study, cell)
     return result
 

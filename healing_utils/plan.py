@@ -215,15 +215,19 @@ class Counts:
         )
 
     def _similarity(self, cell: Cell) -> Work:
-        """The first test sentences through two models, compared layer by layer."""
-        from healing_utils.study import SIMILARITY_EXAMPLES
+        """The first test sentences through a model, compared layer by layer with the intact one,
+        whose states are mostly there from the last cell."""
+        from healing_utils import models
+        from healing_utils.study import SIMILARITY_EXAMPLES, keeps_states
 
         few = self.texts(cell)[2][:SIMILARITY_EXAMPLES]
-        return self._read(cell, few, few) + Work(compared=int(few.sum()))
+        config = models.load_config(cell.model, self.study.parameters["model_revision"])
+        read = [few] if keeps_states(config, int(few.sum())) else [few, few]
+        return self._read(cell, *read) + Work(compared=int(few.sum()))
 
     def _broken(self, cell: Cell) -> Work:
         scored = self._read(cell, self.texts(cell)[2])
-        return scored + self._similarity(cell) + Work(loads=4)
+        return scored + self._similarity(cell)
 
     def _training(self, cell: Cell, epochs: float) -> tuple[np.ndarray, int]:
         p = self.study.parameters | dict(cell.settings)
@@ -278,7 +282,7 @@ class Counts:
             probed=words * (self.shape(cell.model).layers + 1),
         )
         if cell.state in ("broken", "healed"):
-            done += self._similarity(cell) + Work(loads=2)
+            done += self._similarity(cell)
         return done
 
     def _neurons(self, cell: Cell) -> Work:

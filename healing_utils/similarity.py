@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from torch import nn
@@ -10,26 +12,36 @@ from healing_utils.training import Encoded, collate
 
 
 @torch.inference_mode()
-def layer_similarity(intact: nn.Module, other: nn.Module, data: Encoded) -> dict[str, list[float]]:
-    """Similarity of the two models' hidden states over all real tokens of `data`.
+def layer_states(model: nn.Module, data: Encoded) -> Iterator[torch.Tensor]:
+    """Hidden states of all real tokens of `data`, embeddings first: a batch at a time, each
+    (layers + 1, tokens, hidden)."""
+    device = next(model.parameters()).device
+    order = np.argsort(data.lengths, kind="stable")
+    model.eval()
+    for start in range(0, len(order), 32):
+        batch = collate(data, order[start : start + 32], device)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        yield torch.stack(model(**batch, output_hidden_states=True).hidden_states)[:, mask]
+
+
+@torch.inference_mode()
+def layer_similarity(
+    intact: nn.Module | Iterable[torch.Tensor], other: nn.Module, data: Encoded
+) -> dict[str, list[float]]:
+    """Similarity of the two models' hidden states over all real tokens of `data`; for `intact` may
+    stand what `layer_states` gives for it.
 
     Returns ``cosine`` (mean over tokens) and ``cka`` (linear centred kernel alignment, Kornblith et
     al. 2019, section 3), each with one value a layer, embeddings first: (layers + 1,). CKA is
     invariant to rotation and scale, so it tells a rotated stream from a lost one; the cosine does
     not. Values that are not finite come out as NaN.
     """
-    device = next(intact.parameters()).device
-    order = np.argsort(data.lengths, kind="stable")
+    if isinstance(intact, nn.Module):
+        intact = layer_states(intact, data)
     cosines: list[torch.Tensor] = []
     crosses: list[dict[str, torch.Tensor]] = []
     tokens = 0
-    for start in range(0, len(order), 32):
-        batch = collate(data, order[start : start + 32], device)
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        pair = [
-            torch.stack(m.eval()(**batch, output_hidden_states=True).hidden_states)[:, mask]
-            for m in (intact, other)
-        ]  # each (layers + 1, tokens, hidden)
+    for pair in zip(intact, layer_states(other, data), strict=True):
         x, y = (p.double() for p in pair)
         cosines.append(torch.cosine_similarity(x, y, dim=-1).sum(dim=1))
         crosses.append(
@@ -37,7 +49,7 @@ def layer_similarity(intact: nn.Module, other: nn.Module, data: Encoded) -> dict
                 "xy": x.mT @ y, "xx": x.mT @ x, "yy": y.mT @ y, "x": x.sum(1), "y": y.sum(1),
             }
         )  # fmt: skip
-        tokens += int(mask.sum())
+        tokens += x.shape[1]
     total = {name: sum(c[name] for c in crosses) for name in crosses[0]}
 
     def centred(product: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

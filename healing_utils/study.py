@@ -8,6 +8,7 @@ result and of nothing else, so a finished cell is found again whatever asked for
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import platform
@@ -32,7 +33,7 @@ from healing_utils.paths import run_folder
 from healing_utils.progress import Progress
 from healing_utils.records import Store, canonical, digest, write_atomically
 from healing_utils.results import SCAN_STAGES, table
-from healing_utils.similarity import layer_similarity
+from healing_utils.similarity import layer_similarity, layer_states
 from healing_utils.training import (
     Diverged,
     Encoded,
@@ -58,8 +59,14 @@ RECIPE = (
     "max_length", "max_tokens", "evaluations", "precision",
 )  # fmt: skip
 SIMILARITY_EXAMPLES = 200  # test sentences over which representations are compared
+KEPT_STATES = 256 << 20  # bytes of an intact model's states on them, the most that are kept
 LOOK_AGAIN = 0.2  # seconds between two looks for a record that another process is to write
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scikit-learn")
+
+
+def keeps_states(config: Any, tokens: int) -> bool:
+    """Whether an intact model's states on so many tokens are kept from cell to cell."""
+    return 4 * tokens * (config.num_hidden_layers + 1) * config.hidden_size <= KEPT_STATES
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,17 @@ class Examples:
     validation: Encoded | None
     test: Encoded
 
+    @property
+    def sample(self) -> Encoded:
+        """The test sentences over which representations are compared."""
+        test, few = self.test, slice(0, SIMILARITY_EXAMPLES)
+        types = test.types[few] if test.types else None
+        return Encoded(test.ids[few], types, test.labels[few], test.pad)
+
+    @cached_property
+    def chance(self) -> dict[str, float]:
+        return majority_scores(self.test.labels)
+
 
 class Study:
     """A run's folder and its parameters; plans and runs the stages.
@@ -151,9 +169,11 @@ class Study:
         # Kept by the study and not by the process: a kernel outlives changes of a local file.
         self._tasks: dict[str, tasks.TaskData] = {}
         self.corpora: dict[tuple[str, str | None], Any] = {}
-        self._examples: dict[tuple[str, str, int, int | None], Examples] = {}
+        self._examples: dict[tuple[str, str, int, int, int | None], Examples] = {}
         self._contents: dict[tuple[str, int, int | None], tuple[str, str, str]] = {}
         self._test_contents: dict[str, str] = {}
+        # Of the last broken cell: those of one (model, task, seed) stand side by side in a plan.
+        self._intact_models: dict[str, tuple[torch.nn.Module, Any]] = {}
 
     def describe(self) -> str:
         """Models, tasks and device of this study, for the top of a notebook."""
@@ -199,8 +219,9 @@ class Study:
         """A cell's tokenised examples; the draw of training examples depends on the seed."""
         p = self.parameters | dict(cell.settings)
         model, name, seed = cell.model, cell.task, cell.seed
-        key = (model, name, seed, p["train_size"])
+        key = (model, name, p["max_length"], seed, p["train_size"])
         if key not in self._examples:
+            test = {k[:3]: e.test for k, e in self._examples.items()}.get(key[:3])
             self._examples.clear()  # one at a time: several full data sets would not fit
             data = self.task(name)
             train, validation = data.draw(seed, p["train_size"], p["validation_size"])
@@ -214,7 +235,7 @@ class Study:
             self._examples[key] = Examples(
                 encoded(train),
                 encoded(validation) if validation else None,
-                encoded(data.test),
+                test or encoded(data.test),  # the same for every seed
             )
         return self._examples[key]
 
@@ -516,6 +537,7 @@ class Study:
         self, cell: Cell, model: torch.nn.Module, on_step: Callable[..., None]
     ) -> dict[str, Any]:
         examples, diverged = self.examples(cell), {}
+        self._intact_models.clear()  # its place is for the training
         try:
             training = fine_tune(
                 model, examples.train, examples.validation, **self._training(cell, on_step)
@@ -542,11 +564,11 @@ class Study:
         }
 
     def _score(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
-        test = self.examples(cell).test
+        examples = self.examples(cell)
         return {
-            "scores": evaluate(model, test, device=self.device),
-            "chance": majority_scores(test.labels),
-            "test_size": len(test),
+            "scores": evaluate(model, examples.test, device=self.device),
+            "chance": {**examples.chance},
+            "test_size": len(examples.test),
         }
 
     def _intact(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
@@ -594,17 +616,30 @@ class Study:
         """A copy of the fine-tuned model of the cell's model, task and seed."""
         return self.network(self.cell("intact", cell.model, cell.task, cell.seed))
 
+    def _shared_intact(self, cell: Cell) -> tuple[torch.nn.Module, Any]:
+        """The fine-tuned model of the cell's model, task and seed, and what `layer_similarity`
+        takes for it. The next cell mostly gets the same ones: they are not to be changed."""
+        intact = self.cell("intact", cell.model, cell.task, cell.seed)
+        if intact.key not in self._intact_models:
+            self._intact_models.clear()  # one at a time
+            states = network = self.network(intact)
+            sample = self.examples(cell).sample
+            if keeps_states(network.config, sample.tokens):
+                # Of a copy: what a forward pass leaves in a model does not get into broken ones.
+                states = list(layer_states(copy.deepcopy(network), sample))
+            self._intact_models[intact.key] = network, states
+        return self._intact_models[intact.key]
+
+    def similarity(self, cell: Cell, model: torch.nn.Module) -> dict[str, list[float]]:
+        """How like the fine-tuned model's the layers of `model`, corrupted or healed, are."""
+        return layer_similarity(self._shared_intact(cell)[1], model, self.examples(cell).sample)
+
     def _broken(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
-        intact, broken = self._intact_network(cell), self._intact_network(cell)
+        broken = copy.deepcopy(self._shared_intact(cell)[0])
         report = self._corrupt(cell, broken)
-        test = self.examples(cell).test
-        few = slice(0, SIMILARITY_EXAMPLES)
-        sample = Encoded(
-            test.ids[few], test.types[few] if test.types else None, test.labels[few], test.pad
-        )
         return {
             **self._score(cell, broken),
-            "similarity": layer_similarity(intact, broken, sample),
+            "similarity": self.similarity(cell, broken),
             "changed": _summary(report),
         }
 
@@ -622,6 +657,7 @@ class Study:
         model = self._intact_network(cell) if cell.start == "fine-tuned" else self._load(cell)
         report = self._corrupt(cell, model)
         examples, training = self.examples(cell), self._training(cell, on_step)
+        self._intact_models.clear()
         try:
             if cell.recipe == "full":
                 done = fine_tune(model, examples.train, examples.validation, **training)

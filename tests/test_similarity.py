@@ -11,7 +11,7 @@ from families import FAMILIES, LAYERS, tiny_config, tiny_model
 from helpers import random_examples
 
 from healing_utils.corruption import corrupt
-from healing_utils.similarity import layer_similarity
+from healing_utils.similarity import layer_similarity, layer_states
 from healing_utils.training import Encoded
 
 
@@ -38,6 +38,18 @@ def test_layers_below_the_damage_are_the_same_and_those_above_are_not(layer):
     for measure in ("cosine", "cka"):
         below, above = got[measure][: layer + 1], got[measure][layer + 1 :]
         assert np.allclose(below, 1, atol=1e-9) and max(above) < 0.99
+
+
+def test_states_stand_for_the_model_that_gave_them():
+    model = tiny_model("bert", "classification")
+    states = list(layer_states(model, examples()))
+    tokens = sum(examples().lengths)
+    assert sum(batch.shape[1] for batch in states) == tokens
+    for kind in ("reinit", "init"):
+        broken = copy.deepcopy(model)
+        corrupt(broken, layers=[1], kind=kind, seed=0)
+        wanted = layer_similarity(model, broken, examples())
+        assert layer_similarity(states, broken, examples()) == wanted
 
 
 class Streams(torch.nn.Module):

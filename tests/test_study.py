@@ -339,6 +339,32 @@ def test_broken_is_the_fine_tuned_model_corrupted_and_not_trained_again(finished
             assert np.allclose(cosine[: first + 1], 1) and cosine[first + 1] < 1 - 1e-5
 
 
+@pytest.mark.parametrize("kept", [study.KEPT_STATES, 0])
+def test_broken_is_the_same_whatever_was_broken_before(finished, monkeypatch, kept):
+    """The intact model is shared from cell to cell: nothing of one may reach the next."""
+    monkeypatch.setattr(study, "KEPT_STATES", kept)
+    planned = another(finished)
+    cells = planned.plan("corruption")
+    mixed = [cell for pair in zip(cells, reversed(cells), strict=True) for cell in pair]
+    for cell in mixed:  # both seeds in turn, then one after the other
+        result = planned.result(cell, lambda *_: None)["result"]
+        alone = another(finished).result(cell, lambda *_: None)["result"]
+        assert result == alone == finished[0].store.read("corruption", cell.key)["result"]
+        assert len(planned._intact_models) == 1
+
+
+def test_healing_leaves_no_shared_model_in_its_way(finished):
+    planned = another(finished)
+    cell = planned.plan("corruption")[0]
+    planned.result(cell, lambda *_: None)
+    seen = []
+    healed = planned.cell(
+        "healed", cell.model, cell.task, cell.seed, cell.side, cell.level, cell.kind, cell.layers
+    )
+    planned.result(healed, lambda *_: seen.append(len(planned._intact_models)))
+    assert seen and not any(seen)
+
+
 def test_healed_is_the_pretrained_model_corrupted_then_trained(finished, folder):
     planned, _ = finished
     cell = planned.plan("recovery")[0]
