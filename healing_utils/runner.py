@@ -216,17 +216,22 @@ def run(
     if free < DISK_WANTED:
         say(f"Warning: only {free / 1e9:.1f} GB are free there, {DISK_WANTED / 1e9:.0f} are wanted")
     start = time.monotonic()
-    jobs = [(passed, computed_by(path)) for path, passed in chosen.items() if computed_by(path)]
+    computing = [path for path in chosen if computed_by(path)]
+
+    def is_finished(path: Path) -> bool:
+        stages = STAGES_OF.get(path.stem[3:], ())
+        return not again and finished.is_finished(path, target, chosen[path], stages)
+
     with contextlib.ExitStack() as running:
         for number, (path, passed) in enumerate(chosen.items(), 1):
-            stages = STAGES_OF.get(path.stem[3:], ())
-            if not again and finished.is_finished(path, target, passed, stages):
+            if is_finished(path):
                 say(f"[{number}/{len(chosen)}] {path.stem}: finished before")
                 continue
             say(f"[{number}/{len(chosen)}] {path.stem}")
-            if jobs and stages:  # only now: a run that is finished needs no workers
+            if not all(map(is_finished, computing)):  # else there is nothing for workers to do
+                jobs = [(chosen[p], computed_by(p)) for p in computing]
                 running.enter_context(executors.ahead(jobs, HUGE_PAGES))
-                jobs = []
+                computing = []
             finished.unmark(path, target)
             _run_notebook(path, target, passed, say, cell_timeout)
             finished.mark(path, target, passed)
