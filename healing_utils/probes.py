@@ -52,7 +52,7 @@ from healing_utils.training import pick_device
 DEFAULT_PENALTIES = tuple((l1, 10 * l1) for l1 in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001))
 CHECK = 3  # iterations between looks at the stopping rule: each waits for the device
 CURVATURE_UP, CURVATURE_DOWN = 1.5, 0.98
-BLOCK = 1 << 16  # words squared at a time
+BLOCK = 1 << 16  # words whose squares and products are in memory at a time
 CORRELATED = 1024  # features up to which their correlations are worth a product with themselves
 INNER_STEPS = 5  # for the proximal step under them: with fewer or more of them it takes longer
 PATIENCE = 2  # penalties in a row that are not clearly better after which a layer leaves the path
@@ -227,7 +227,9 @@ def _metric(x: torch.Tensor, weights: torch.Tensor) -> _Metric:
     """Of standardised activations (words, features) and the words' weights (words,)."""
     if x.shape[1] > CORRELATED:
         return _Metric(None, 1.0)
-    products = (x.T * weights) @ x
+    products = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    for own, some in zip(weights.split(BLOCK), x.split(BLOCK), strict=True):
+        products += (some.T * own) @ some
     # By Gelfand's formula: the norm of a high power bounds the power of the largest eigenvalue.
     largest, power = 1.0, products
     for doublings in range(5):
