@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from healing_utils import records
 from healing_utils.errors import HealingError, choose
 from healing_utils.progress import Progress
+from healing_utils.shortcuts import keep_freed_memory
 from healing_utils.training import Encoded, collate, encode, pick_device
 
 AGGREGATIONS = ("first", "last", "mean")
@@ -90,8 +90,12 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None 
     with more subwords than `limit`, the model's positions, has room for.
     """
     _check_sentences(sentences)
-    backend = _backend(tokenizer)
-    prefix, prefix_types, content_type, suffix, suffix_types = _special_tokens(tokenizer, backend)
+    with _backend(tokenizer) as backend:
+        special = _special_tokens(tokenizer, backend)
+        encodings = backend.encode_batch(
+            [list(s) for s in sentences], is_pretokenized=True, add_special_tokens=False
+        )
+    prefix, prefix_types, content_type, suffix, suffix_types = special
     budget = (limit or UNLIMITED) - len(prefix) - len(suffix)
     if budget < 1:
         raise HealingError(
@@ -102,9 +106,6 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None 
     types: list[list[int]] = []
     rows, starts, counts = [], [], []
     words = windowed = unknown = 0
-    encodings = backend.encode_batch(
-        [list(s) for s in sentences], is_pretokenized=True, add_special_tokens=False
-    )
     for number, (sentence, encoding) in enumerate(zip(sentences, encodings, strict=True)):
         if not len(sentence):
             continue
@@ -145,13 +146,25 @@ def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
                 raise HealingError(f"sentences[{number}] holds {word!r}, which is not a word")
 
 
-# By tokenizer: the state of its Rust half, and the copy of it. A vocabulary of 30,000 takes 50 ms.
-_copies: WeakKeyDictionary[Any, tuple[str, Any]] = WeakKeyDictionary()
+def _with_space(node: Any) -> Any:
+    """A pre-tokenizer's description, such that it puts a space before every word where the
+    vocabulary marks a word's beginning by one."""
+    if isinstance(node, list):
+        return [_with_space(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {name: _with_space(value) for name, value in node.items()}
+    if node.get("type") == "ByteLevel":
+        node["add_prefix_space"] = True
+    elif node.get("type") == "Metaspace":
+        node["prepend_scheme"] = "always"
+    return node
 
 
-def _backend(tokenizer: Any) -> Any:
-    """A copy of the tokenizer's Rust half that never cuts, never pads, and puts a space before
-    every word where the vocabulary marks a word's beginning by one."""
+@contextlib.contextmanager
+def _backend(tokenizer: Any) -> Iterator[Any]:
+    """The tokenizer's Rust half, which inside the block never cuts, never pads, and puts a space
+    before every word where the vocabulary marks a word's beginning by one."""
     from tokenizers import Tokenizer
 
     if not getattr(tokenizer, "is_fast", False):
@@ -159,29 +172,23 @@ def _backend(tokenizer: Any) -> Any:
             f"tokenizer {type(tokenizer).__name__} does not say which word a subword belongs to; "
             "need a fast one (transformers.PreTrainedTokenizerFast)"
         )
-    state = tokenizer.backend_tokenizer.to_str()
-    if _copies.get(tokenizer, ("",))[0] == state:
-        return _copies[tokenizer][1]
-
-    def with_space(node: Any) -> Any:
-        if isinstance(node, list):
-            return [with_space(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        node = {name: with_space(value) for name, value in node.items()}
-        if node.get("type") == "ByteLevel":
-            node["add_prefix_space"] = True
-        elif node.get("type") == "Metaspace":
-            node["prepend_scheme"] = "always"
-        return node
-
-    parts = json.loads(state)
-    parts["pre_tokenizer"] = with_space(parts["pre_tokenizer"])
-    backend = Tokenizer.from_str(json.dumps(parts))
+    backend = tokenizer.backend_tokenizer
+    splitter = backend.pre_tokenizer
+    before = json.loads(splitter.__getstate__()) if splitter is not None else None
+    if _with_space(before) != before:  # a copy: a vocabulary of 50,000 takes a tenth of a second
+        parts = json.loads(backend.to_str())
+        parts["pre_tokenizer"] = _with_space(parts["pre_tokenizer"])
+        backend = Tokenizer.from_str(json.dumps(parts))
+    truncation, padding = backend.truncation, backend.padding
     backend.no_truncation()
     backend.no_padding()
-    _copies[tokenizer] = (state, backend)
-    return backend
+    try:
+        yield backend
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
 
 
 def _special_tokens(
@@ -260,6 +267,7 @@ def _reading(model: nn.Module, device: str | torch.device | None) -> Iterator[nn
     if getattr(base.config, "is_encoder_decoder", False):
         raise HealingError(f"{type(base).__name__} is an encoder with a decoder: need an encoder")
     base.to(pick_device(device))
+    keep_freed_memory()
     modes = {module: module.training for module in base.modules()}
     base.eval()
     try:
@@ -364,7 +372,8 @@ def _collect(
         for rows, values in _states(base, aligned, layers, max_tokens):
             if result is None:
                 result = np.empty((len(layers), aligned.words, values.shape[2]), dtype=np.float32)
-            result[:, rows] = values
+            # torch's assignment uses all threads.
+            torch.from_numpy(result)[:, torch.from_numpy(rows)] = torch.from_numpy(values)
             bar.update(len(rows))
     return result
 
@@ -469,7 +478,8 @@ def sentence_activations(
 
 def _classification_token(tokenizer: Any, lengths: np.ndarray) -> np.ndarray:
     """Where the classification token stands in texts of such lengths, (texts,)."""
-    before, _, _, behind, _ = _special_tokens(tokenizer, _backend(tokenizer))
+    with _backend(tokenizer) as backend:
+        before, _, _, behind, _ = _special_tokens(tokenizer, backend)
     if tokenizer.cls_token_id in before:
         return np.full_like(lengths, before.index(tokenizer.cls_token_id))
     if tokenizer.cls_token_id in behind:

@@ -45,6 +45,7 @@ from torch.nn import functional as F
 
 from healing_utils.errors import HealingError
 from healing_utils.progress import Progress
+from healing_utils.shortcuts import keep_freed_memory
 from healing_utils.training import pick_device
 
 # (l1, l2), strongest first. At the strongest every weight is zero: the majority label. With l2 ten
@@ -283,6 +284,7 @@ def _solve(
     """Minimise each problem's objective to a relative gap of `tolerance`, from `weight`, `bias`."""
     if given.targets.device.type != "cpu":
         return _solve_together(given, tolerance, max_iterations, weight, bias)
+    keep_freed_memory()
     parts = []
     for layer, rows in _runs(given.layer.tolist()):
         own = _Problems(

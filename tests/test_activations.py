@@ -188,6 +188,22 @@ def test_a_word_without_any_subword_keeps_its_row(kind):
     assert extract_activations(tiny_model(family), tokenizer, sentences).shape[1] == 6
 
 
+@pytest.mark.parametrize("make", [wordpiece, byte_level])
+def test_what_the_tokenizer_cuts_and_pads_to_is_not_heeded_and_stays(make):
+    tokenizer = make()
+    want = align(tokenizer, SENTENCES).windows.ids
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9, pad_id=1)
+    limits = backend.truncation, backend.padding
+    try:
+        assert align(tokenizer, SENTENCES).windows.ids == want
+        assert (backend.truncation, backend.padding) == limits
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
+
+
 def test_words_that_look_like_special_tokens_or_hold_blanks_are_one_word():
     sentences = [["the", "[SEP]", "cat mat", "sat"], ["<s>", "a"]]
     got = align(wordpiece(), sentences)
