@@ -34,8 +34,7 @@ from healing_utils.training import Encoded, collate, encode, pick_device
 AGGREGATIONS = ("first", "last", "mean")
 POOLINGS = ("first", "mean")
 UNLIMITED = 2**31 - 1  # tokens: transformers' own sign for "no limit" overflows the tokenizers'
-TOKENS = {"cpu": 1024}  # in a batch: what stays in a processor's caches
-TOKENS_OTHERWISE = 8192  # on a GPU: what keeps it busy
+TOKENS_CPU, TOKENS_GPU = 1024, 8192  # in a batch: what stays in caches, what keeps a GPU busy
 NUMERICS = 1  # raised when what is computed here changes, so that stored files are made anew
 
 
@@ -266,8 +265,10 @@ def _reading(model: nn.Module, device: str | torch.device | None) -> Iterator[nn
     base = getattr(model, "base_model", model)
     if getattr(base.config, "is_encoder_decoder", False):
         raise HealingError(f"{type(base).__name__} is an encoder with a decoder: need an encoder")
-    base.to(pick_device(device))
-    keep_freed_memory()
+    device = pick_device(device)
+    base.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     modes = {module: module.training for module in base.modules()}
     base.eval()
     try:
@@ -295,7 +296,9 @@ def _pick_layers(base: nn.Module, layers: Sequence[int] | None) -> list[int]:
 
 def _at_once(base: nn.Module, max_tokens: int | None) -> int:
     """The tokens of a batch: as asked for, else what suits the device that the encoder is on."""
-    return TOKENS.get(base.device.type, TOKENS_OTHERWISE) if max_tokens is None else max_tokens
+    if max_tokens is not None:
+        return max_tokens
+    return TOKENS_CPU if base.device.type == "cpu" else TOKENS_GPU
 
 
 def _batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:

@@ -234,12 +234,13 @@ def _metric(x: torch.Tensor, weights: torch.Tensor) -> _Metric:
     # By Gelfand's formula: the norm of a high power bounds the power of the largest eigenvalue.
     largest, power = 1.0, products
     for doublings in range(5):
+        if doublings:
+            power = power @ power
         norm = float(power.norm())
         if norm == 0:
             return _Metric(products, 0.0)
         largest *= norm ** (0.5**doublings)
         power = power / norm
-        power = power @ power
     return _Metric(products, 1.01 * largest)
 
 

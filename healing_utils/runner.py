@@ -228,7 +228,8 @@ def run(
                 say(f"[{number}/{len(chosen)}] {path.stem}: finished before")
                 continue
             say(f"[{number}/{len(chosen)}] {path.stem}")
-            if not all(map(is_finished, computing)):  # else there is nothing for workers to do
+            # What lies before is finished; where the rest is too, workers have nothing to do.
+            if not all(is_finished(p) for p in list(chosen)[number - 1 :] if p in computing):
                 jobs = [(chosen[p], computed_by(p)) for p in computing]
                 running.enter_context(executors.ahead(jobs, HUGE_PAGES))
                 computing = []
