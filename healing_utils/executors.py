@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from healing_utils.study import Cell, Study
 
 NAMES = ("in-process", "workers", "ray")
+LOOK_AGAIN = 0.2  # seconds between two looks for a record that another process is to write
 CELLS_FOR_A_WORKER = 3  # a process takes seconds to start: it pays from a few cells on
 
 Outcome = tuple["Cell", Exception | None]
@@ -68,7 +69,7 @@ class InProcess:
                     waiting.append(cell)
             if waiting and len(waiting) == len(cells):
                 note(f"waiting for another run: {waiting[0].name}")
-                time.sleep(1)
+                time.sleep(LOOK_AGAIN)
             cells = waiting
 
 

@@ -91,6 +91,9 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     def drawn(*args, **kwargs) -> Figure:
         with style():
             figure = draw(*args, **kwargs)
+            # Laid out once: else each file that is written of it is laid out and drawn twice.
+            figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         for name in ("caption", "alt"):
             setattr(figure, name, " ".join(getattr(figure, name).split()))
         return figure

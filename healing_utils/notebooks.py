@@ -7,8 +7,11 @@ this module and into every notebook.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +138,32 @@ def literals(source: str) -> dict[str, Any]:
     return values
 
 
+@contextlib.contextmanager
+def quick_import() -> Iterator[None]:
+    """Import nbformat, or what imports it, without compiling the grammars of web addresses.
+
+    jsonschema reads them, for a second, in each process that imports it, to check formats that
+    notebooks do not have. What is imported already is left as it is.
+    """
+    grammars = "rfc3987_syntax"
+    unwanted = grammars not in sys.modules
+    if unwanted:
+        sys.modules[grammars] = None  # so that importing it fails, which jsonschema allows for
+    try:
+        yield
+    finally:
+        if unwanted:
+            del sys.modules[grammars]
+
+
 def problems(path: Path) -> list[str]:
     """What keeps the notebook at `path` from being committed, one line each; empty if nothing does.
 
     A committed notebook opens with title, badge, bootstrap and parameters; it was executed from top
     to bottom, without errors and without noise; its images can be read aloud; it is small.
     """
-    import nbformat
+    with quick_import():
+        import nbformat
 
     path = Path(path)
     found = []

@@ -25,6 +25,7 @@ from markupsafe import Markup
 
 from healing_utils.errors import HealingError
 from healing_utils.figures import read_captions
+from healing_utils.notebooks import quick_import
 from healing_utils.records import write_atomically
 from healing_utils.statistics import as_fraction, layer_tuple, measures, summary
 
@@ -276,7 +277,8 @@ def _facts(parameters: dict, provenance: dict, notebooks: list[dict]) -> list[tu
 
 def _write_notebook(path: Path) -> dict[str, Any]:
     """Convert an executed notebook to HTML beside it; what the page says about it."""
-    import nbformat
+    with quick_import():
+        import nbformat
 
     entry = {"name": path.stem, "title": path.stem, "href": "", "end": "", "seconds": ""}
     try:

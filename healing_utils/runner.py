@@ -12,6 +12,7 @@ beside each notebook and run ahead to the stages of those that follow.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -36,6 +37,7 @@ from healing_utils import notebooks as notebook_files
 from healing_utils.errors import HealingError, choose
 from healing_utils.paths import run_folder
 from healing_utils.records import STALE, write_atomically
+from healing_utils.workers import COLLECT_AFTER
 
 ORGANISM_NOTEBOOK = "00_model_organism"  # only worth running where the organism is studied
 # In the order of the study: each notebook, by its name without the number, and its stages.
@@ -483,7 +485,9 @@ def _execute_notebook(job: dict[str, Any], tell: _Teller) -> dict[str, Any]:
     """Run papermill; return the last event, which says how it ended."""
     import logging
 
-    import papermill
+    gc.set_threshold(COLLECT_AFTER)
+    with notebook_files.quick_import():
+        import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -506,7 +510,11 @@ def _execute_notebook(job: dict[str, Any], tell: _Teller) -> dict[str, Any]:
             execution_timeout=job["timeout"],
             on_cell_start=on_cell_start,
             # Bars written to the terminal reach it and stay out of the notebook.
-            extra_arguments=["--IPKernelApp.capture_fd_output=False", "--IPKernelApp.log_level=40"],
+            extra_arguments=[
+                "--IPKernelApp.capture_fd_output=False",
+                "--IPKernelApp.log_level=40",
+                f"--IPKernelApp.exec_lines=import gc; gc.set_threshold({COLLECT_AFTER})",
+            ],
         )
     except PapermillExecutionError as error:
         value = re.sub(r"\x1b\[[0-9;]*m", "", error.evalue or "").strip()

@@ -60,7 +60,6 @@ RECIPE = (
 )  # fmt: skip
 SIMILARITY_EXAMPLES = 200  # test sentences over which representations are compared
 KEPT_STATES = 256 << 20  # bytes of an intact model's states on them, the most that are kept
-LOOK_AGAIN = 0.2  # seconds between two looks for a record that another process is to write
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scikit-learn")
 
 
@@ -447,7 +446,7 @@ class Study:
         for cell in cells:
             while self.store.read(cell.stage, cell.key) is None:
                 on_step()
-                time.sleep(LOOK_AGAIN)
+                time.sleep(executors.LOOK_AGAIN)
 
     def table(self, stage: str, cells: list[Cell] | None = None) -> pandas.DataFrame:
         """The stage's finished cells; raises HealingError naming a planned cell that is missing.

@@ -194,3 +194,19 @@ def test_the_citation_names_this_version_and_both_papers():
     cited = [reference["identifiers"][0]["value"] for reference in citation["references"]]
     assert cited == ["arXiv:2406.14459", "arXiv:2105.15179"]
     assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+@pytest.mark.parametrize("unwanted", [False, True])
+def test_notebooks_are_read_without_the_grammars_of_web_addresses(unwanted):
+    """Compiling them takes a second in each process; who has imported them keeps them."""
+    pytest.importorskip("rfc3987_syntax")
+    code = (
+        f"import sys\nif {not unwanted}: import rfc3987_syntax\n"
+        "from healing_utils.notebooks import quick_import\n"
+        "with quick_import():\n    import papermill, nbformat\n"
+        f"assert ('rfc3987_syntax' in sys.modules) is {not unwanted}\n"
+        f"assert ('lark' in sys.modules) is {not unwanted}\n"
+        "nbformat.validate(nbformat.v4.new_notebook())\n"
+        "import rfc3987_syntax\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -14,8 +14,8 @@ import time
 import pytest
 from helpers import contents, save_tiny_bert, tiny_study, write_planted_task
 
+from healing_utils import executors, workers
 from healing_utils import study as study_module
-from healing_utils import workers
 from healing_utils.study import Study
 
 
@@ -74,7 +74,7 @@ def test_a_worker_goes_on_to_the_next_stage_when_the_one_before_is_complete(fold
         with study.store.claim(held.key) as mine:
             assert mine
             wait(lambda: len(list(records.glob("baseline/*.json"))) == 1)
-            time.sleep(5 * study_module.LOOK_AGAIN)  # it would take a cell of the next at once
+            time.sleep(5 * executors.LOOK_AGAIN)  # it would take a cell of the next at once
             assert [path.stem for path in claims.iterdir()] == [held.key]
             assert not (records / "recovery").exists()
             study.write(held, study.result(held, lambda *_: None))
@@ -94,7 +94,7 @@ def test_a_cell_that_fails_is_tried_once_and_waited_for(folder, tmp_path, monkey
     with pytest.raises(SystemExit):
         study.help("baseline", stop=lambda: len(slept) == 50)
     assert tried == [cell.key for cell in reversed(study.plan("baseline"))]
-    assert slept == [study_module.LOOK_AGAIN] * 50
+    assert slept == [executors.LOOK_AGAIN] * 50
 
 
 def test_a_worker_whose_stage_stays_incomplete_waits_until_it_is_ended(folder, tmp_path):
@@ -107,7 +107,7 @@ def test_a_worker_whose_stage_stays_incomplete_waits_until_it_is_ended(folder, t
     with workers.helping([(given | {"model": models}, ["baseline", "recovery"])], 1) as (worker,):
         wait(lambda: list((tmp_path / "run").glob("records/baseline/*.json")))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.wait(5 * study_module.LOOK_AGAIN)
+            worker.wait(5 * executors.LOOK_AGAIN)
         assert worker.returncode is None
         assert [p.name for p in (tmp_path / "run" / "records").iterdir()] == ["baseline"]
     assert worker.returncode == 0  # it ended by itself, asked to
