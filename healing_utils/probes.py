@@ -54,7 +54,7 @@ DEFAULT_PENALTIES = tuple((l1, 10 * l1) for l1 in (0.1, 0.03, 0.01, 0.003, 0.001
 CHECK = 3  # iterations between looks at the stopping rule: each waits for the device
 CURVATURE_UP, CURVATURE_DOWN = 1.5, 0.98
 BLOCK = 1 << 16  # words whose squares and products are in memory at a time
-CORRELATED = 1024  # features up to which their correlations are worth a product with themselves
+CORRELATED = 4096  # features up to which their correlations are worth a product with themselves
 INNER_STEPS = 5  # for the proximal step under them: with fewer or more of them it takes longer
 PATIENCE = 2  # penalties in a row that are not clearly better after which a layer leaves the path
 COLUMNS = (
@@ -391,15 +391,20 @@ def _solve_together(
         gradient, bias_gradient = weight_gradient(residual), residual.sum(dim=2)
 
         if check:
-            # The probabilities at v are a feasible point of the dual problem, but for the bias,
-            # whose share is taken to second order. Elementwise the distance from the primal is
-            # h(v) + h*(-gradient) + v gradient, with h the elastic net: never negative.
+            # The probabilities at v are a feasible point of the dual problem, but for the bias.
+            # Elementwise the distance from the primal is h(v) + h*(-gradient) + v gradient, with h
+            # the elastic net: never negative. A bias that settles moves the probabilities too, by a
+            # step of squared length `slack` in the loss's curvature: that is its own share, and
+            # times the distance from the minimum in the same metric the share of the weights. To
+            # second order, so only where it is small.
             above = (gradient.abs() - l1).clamp_min(0).square() / (2 * l2)
             above += gradient * v + l1 * v.abs() + l2 / 2 * v.square()
             slack = (bias_gradient.square() / spread.clamp_min(1e-12)).sum(dim=1)
             dual = loss + penalty(v) - above.sum(dim=(1, 2), dtype=torch.float64) - slack
-            bound = torch.maximum(bound, dual)
             objective = w_loss + penalty(w)
+            dual -= (slack * (objective - dual).clamp_min(0)).sqrt()
+            near = slack <= tolerance * objective
+            bound = torch.where(near, torch.maximum(bound, dual), bound)
             gap = objective - bound
             done = gap <= tolerance * objective
             leaving = done if iteration < max_iterations else torch.ones_like(done)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from healing_utils import probes
+from healing_utils import extract_activations, load_corpus, models, probes
 from healing_utils.errors import HealingError
 from healing_utils.probes import (
     COLUMNS,
@@ -251,6 +251,29 @@ def test_correlated_features_need_fewer_passes_in_their_own_metric(monkeypatch):
     assert own.converged.all() and plain.converged.all()
     assert own.objective == pytest.approx(plain.objective, rel=2e-5)
     assert own.iterations[0] < 0.7 * plain.iterations[0]
+
+
+@pytest.fixture(scope="module")
+def tagged() -> tuple[np.ndarray, np.ndarray]:
+    """All neurons of the model organism on 300 words, as one layer, and the words' tags: here the
+    bias settles late."""
+    corpus = load_corpus("organism").draw(0, 60, 1).train
+    classifier = models.load_classifier("organism", num_labels=2, seed=0)
+    layers = extract_activations(classifier, models.load_tokenizer("organism"), corpus.words)
+    _, ids = np.unique([tag for tags in corpus.labels for tag in tags], return_inverse=True)
+    return np.concatenate(list(layers), axis=1)[None, :300], ids[:300]
+
+
+@pytest.mark.parametrize("correlated", [0, probes.CORRELATED])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
+def test_the_minimum_lies_within_the_stated_gap(monkeypatch, tagged, correlated, tolerance):
+    x, y = tagged
+    classes = int(y.max()) + 1
+    minimum = fit_probes(x, y, classes, 1e-3, 1e-2, tolerance=1e-6).objective[0]
+    monkeypatch.setattr(probes, "CORRELATED", correlated)
+    probe = fit_probes(x, y, classes, 1e-3, 1e-2, tolerance=tolerance)
+    assert probe.converged.all()
+    assert probe.objective[0] - minimum <= probe.gap[0] <= tolerance * probe.objective[0]
 
 
 @pytest.mark.parametrize("features", [1, 2, 7, 60])
