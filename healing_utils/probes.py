@@ -157,9 +157,11 @@ def _ids(y: Any, words: int, classes: int) -> torch.Tensor:
 
 def _own_float32(x: Any) -> torch.Tensor:
     """As `_float32`, in memory of its own."""
-    if isinstance(x, torch.Tensor):
-        return x.detach().to("cpu", torch.float32, copy=True)
-    return _float32(x)
+    if not isinstance(x, torch.Tensor):
+        if not (isinstance(x, np.ndarray) and x.flags.writeable):
+            return _float32(x)
+        x = torch.from_numpy(x)  # which copies with all threads
+    return x.detach().to("cpu", torch.float32, copy=True)
 
 
 def _check_finite(x: torch.Tensor, what: str) -> None:
@@ -180,6 +182,8 @@ def _standardise(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(standardised, mean, scale) of one layer's activations (words, features), whose memory is
     used: of all neurons of a large corpus there is room for one copy."""
+    if x.device.type == "cpu":
+        keep_freed_memory()
     mean = x.mean(dim=0) if weights is None else weights @ x
     if not torch.isfinite(mean).all():
         _check_finite(x, f"activations of layer {layer}")
@@ -285,7 +289,6 @@ def _solve(
     """Minimise each problem's objective to a relative gap of `tolerance`, from `weight`, `bias`."""
     if given.targets.device.type != "cpu":
         return _solve_together(given, tolerance, max_iterations, weight, bias)
-    keep_freed_memory()
     parts = []
     for layer, rows in _runs(given.layer.tolist()):
         own = _Problems(
@@ -294,9 +297,21 @@ def _solve(
         )  # fmt: skip
         start = (None, None) if weight is None or bias is None else (weight[rows], bias[rows])
         parts.append(_solve_together(own, tolerance, max_iterations, *start))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[_Solution]) -> _Solution:
     return _Solution(
         *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Solution))
     )
+
+
+def _at_once(layers: int, device: torch.device) -> list[slice]:
+    """Layers that are solved together: on a GPU all, on a CPU each alone, while it is in the cache
+    and in memory that the one before has left."""
+    if device.type != "cpu":
+        return [slice(0, layers)]
+    return [slice(i, i + 1) for i in range(layers)]
 
 
 def _runs(layer: list[int]) -> Iterator[tuple[int, slice]]:
@@ -539,13 +554,6 @@ def fit_probes(
         if given.shape != (words,) or not usable:
             raise HealingError(f"weights must be {words} numbers of at least 0, not all of them 0")
         mass = torch.from_numpy(given / given.sum()).float().to(device)
-    xs, means, scales = zip(
-        *(
-            _standardise(_own_float32(x[i]).to(device), i, None if weights is None else mass)
-            for i in range(layers)
-        ),
-        strict=True,
-    )
     weight = bias = None
     if start is not None:
         if start.weight.shape != (problems, classes, features):
@@ -555,23 +563,38 @@ def fit_probes(
             )
         weight = torch.from_numpy(start.weight).to(device)
         bias = torch.from_numpy(start.bias).to(device)
+    strengths = torch.tensor(pairs, device=device)  # (problems, 2)
     shared = layers < problems
-    found = _solve(
-        _Problems(
-            list(xs),
-            [_metric(z, mass) for z in xs],
-            torch.zeros(problems, dtype=torch.long) if shared else torch.arange(problems),
-            ids.expand(problems, words),
-            torch.tensor([p[0] for p in pairs], device=device),
-            torch.tensor([p[1] for p in pairs], device=device),
-            mass,
-            classes,
-        ),
-        tolerance,
-        max_iterations,
-        weight,
-        bias,
-    )
+    parts, means, scales = [], [], []
+    for some in _at_once(layers, device):
+        xs = []
+        for i in range(layers)[some]:
+            standardised = _standardise(
+                _own_float32(x[i]).to(device), i, None if weights is None else mass
+            )
+            for found, kept in zip(standardised, (xs, means, scales), strict=True):
+                kept.append(found)
+        rows = slice(None) if shared else some
+        own = strengths[rows]
+        parts.append(
+            _solve(
+                _Problems(
+                    xs,
+                    [_metric(z, mass) for z in xs],
+                    torch.zeros(len(own), dtype=torch.long) if shared else torch.arange(len(own)),
+                    ids.expand(len(own), words),
+                    own[:, 0],
+                    own[:, 1],
+                    mass,
+                    classes,
+                ),
+                tolerance,
+                max_iterations,
+                None if weight is None else weight[rows],
+                None if bias is None else bias[rows],
+            )
+        )
+    found = _joined(parts)
     return _probes(found, means * (problems // layers), scales * (problems // layers), pairs)
 
 
