@@ -53,7 +53,7 @@ from healing_utils.training import pick_device
 DEFAULT_PENALTIES = tuple((l1, 10 * l1) for l1 in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001))
 CHECK = 3  # iterations between looks at the stopping rule: each waits for the device
 CURVATURE_UP, CURVATURE_DOWN = 1.5, 0.98
-BLOCK = 1 << 16  # words whose squares and products are in memory at a time
+BLOCK = 1 << 26  # values whose squares and products are in memory at a time
 CORRELATED = 4096  # features up to which their correlations are worth a product with themselves
 INNER_STEPS = 5  # for the proximal step under them: with fewer or more of them it takes longer
 PATIENCE = 2  # penalties in a row that are not clearly better after which a layer leaves the path
@@ -177,6 +177,11 @@ def _check_finite(x: torch.Tensor, what: str) -> None:
         )
 
 
+def _block(x: torch.Tensor) -> int:
+    """How many words of `x` (words, features) are taken at a time."""
+    return max(1, BLOCK // x.shape[1])
+
+
 def _standardise(
     x: torch.Tensor, layer: int, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -189,9 +194,10 @@ def _standardise(
         _check_finite(x, f"activations of layer {layer}")
     x.sub_(mean)
     variance = torch.zeros_like(mean)
-    for start in range(0, len(x), BLOCK):  # a tenth of torch.var's time
-        squares = x[start : start + BLOCK].square()
-        own = None if weights is None else weights[start : start + BLOCK]
+    block = _block(x)
+    for start in range(0, len(x), block):  # a tenth of torch.var's time
+        squares = x[start : start + block].square()
+        own = None if weights is None else weights[start : start + block]
         variance += squares.sum(dim=0) / len(x) if own is None else own @ squares
     scale = variance.sqrt()
     # A constant has a standard deviation of some rounding errors. What float16 cannot tell from
@@ -233,7 +239,7 @@ def _metric(x: torch.Tensor, weights: torch.Tensor) -> _Metric:
     if x.shape[1] > CORRELATED:
         return _Metric(None, 1.0)
     products = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-    for own, some in zip(weights.split(BLOCK), x.split(BLOCK), strict=True):
+    for own, some in zip(weights.split(_block(x)), x.split(_block(x)), strict=True):
         products += (some.T * own) @ some
     # By Gelfand's formula: the norm of a high power bounds the power of the largest eigenvalue.
     largest, power = 1.0, products
