@@ -100,8 +100,7 @@ def _rank(
     everything = _every_neuron(activations)
     rows = np.arange(len(y)) if rows is None else rows
     if method == "lca":
-        penalties = {"tolerance": TOLERANCE, **penalties}
-        probe = probe or _fit(activations, y, everything, penalties, rows)[0]
+        probe = probe or _fit_to_rank(activations, y, penalties, rows)[0]
         order = rank_weights(probe.weight[0], seed=seed)
     else:
         score = _probeless if method == "probeless" else _gaussian
@@ -305,8 +304,7 @@ def minimal_neurons(
         raise HealingError("what is left to train on after holding out words has one label only")
     penalties = {"l1": l1, "l2": l2, "device": device, **fitting}
     everything = _every_neuron(activations)
-    ranked = {"tolerance": TOLERANCE, **penalties}
-    probe, present = _fit(activations, y, everything, ranked, inner)
+    probe, present = _fit_to_rank(activations, y, penalties, inner)
     answers = present[probe.predict(_features(activations, everything, dev))[0]]
     full = float(np.mean(answers == y[dev]))
     ranking = _rank(activations, y, method, seed, penalties, inner, probe)
@@ -444,6 +442,14 @@ def _fit(
     present, dense = np.unique(y[rows], return_inverse=True)
     x = _features(activations, neurons, rows)
     return fit_probes(x, dense, len(present), **penalties), present
+
+
+def _fit_to_rank(
+    activations: np.ndarray, y: np.ndarray, penalties: dict[str, Any], rows: np.ndarray
+) -> tuple[Probes, np.ndarray]:
+    """As `_fit`, over every neuron, to the tolerance of a ranking unless `penalties` has one."""
+    ranked = {"tolerance": TOLERANCE, **penalties}
+    return _fit(activations, y, _every_neuron(activations), ranked, rows)
 
 
 def _features(activations: np.ndarray, neurons: Sequence[Neuron], rows: np.ndarray) -> np.ndarray:

@@ -157,11 +157,9 @@ def _ids(y: Any, words: int, classes: int) -> torch.Tensor:
 
 def _own_float32(x: Any) -> torch.Tensor:
     """As `_float32`, in memory of its own."""
-    if not isinstance(x, torch.Tensor):
-        if not (isinstance(x, np.ndarray) and x.flags.writeable):
-            return _float32(x)
-        x = torch.from_numpy(x)  # which copies with all threads
-    return x.detach().to("cpu", torch.float32, copy=True)
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", torch.float32, copy=True)
+    return _float32(x)
 
 
 def _check_finite(x: torch.Tensor, what: str) -> None:
@@ -575,22 +573,23 @@ def fit_probes(
     for some in _at_once(layers, device):
         xs = []
         for i in range(layers)[some]:
-            standardised = _standardise(
-                _own_float32(x[i]).to(device), i, None if weights is None else mass
-            )
-            for found, kept in zip(standardised, (xs, means, scales), strict=True):
-                kept.append(found)
+            own = _own_float32(x[i]).to(device)
+            z, mean, scale = _standardise(own, i, None if weights is None else mass)
+            xs.append(z)
+            means.append(mean)
+            scales.append(scale)
         rows = slice(None) if shared else some
-        own = strengths[rows]
+        given = strengths[rows]
+        count = len(given)
         parts.append(
-            _solve(
+            _solve_together(
                 _Problems(
                     xs,
                     [_metric(z, mass) for z in xs],
-                    torch.zeros(len(own), dtype=torch.long) if shared else torch.arange(len(own)),
-                    ids.expand(len(own), words),
-                    own[:, 0],
-                    own[:, 1],
+                    torch.zeros(count, dtype=torch.long) if shared else torch.arange(count),
+                    ids.expand(count, words),
+                    given[:, 0],
+                    given[:, 1],
                     mass,
                     classes,
                 ),
