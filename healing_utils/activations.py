@@ -29,7 +29,7 @@ from healing_utils import records
 from healing_utils.errors import HealingError, choose
 from healing_utils.progress import Progress
 from healing_utils.shortcuts import keep_freed_memory
-from healing_utils.training import Encoded, collate, encode, pick_device
+from healing_utils.training import Encoded, collate, encode, pick_device, position_limit
 
 AGGREGATIONS = ("first", "last", "mean")
 POOLINGS = ("first", "mean")
@@ -65,19 +65,10 @@ class Aligned:
 def max_positions(model: nn.Module, tokenizer: Any) -> int | None:
     """The most tokens, special ones included, that the model reads at once; None for any number.
 
-    The smaller of what the model's configuration and its tokenizer state. RoBERTa and MPNet count
-    their positions from behind the padding id, which costs them two.
+    The smaller of what the model's configuration and its tokenizer state.
     """
-    base = getattr(model, "base_model", model)
-    limits = []
-    positions = getattr(base.config, "max_position_embeddings", None) or -1  # XLNet says -1
-    if positions > 0:
-        tables = (m for n, m in base.named_modules() if n.endswith("position_embeddings"))
-        padding = getattr(next(tables, None), "padding_idx", None)
-        limits.append(positions if padding is None else positions - padding - 1)
-    if tokenizer.model_max_length and tokenizer.model_max_length < UNLIMITED:
-        limits.append(tokenizer.model_max_length)
-    return min(limits, default=None)
+    limits = [position_limit(model), tokenizer.model_max_length]
+    return min((n for n in limits if n and n < UNLIMITED), default=None)
 
 
 def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None = None) -> Aligned:

@@ -103,23 +103,49 @@ def encode(
 
 
 def _encoded(data: Any, model: nn.Module, tokenizer: Any, max_length: int) -> Encoded:
-    """Accept what `encode` made, an object with `texts` and `labels`, or `text`/`label` columns."""
-    if isinstance(data, Encoded):
-        return data
-    if tokenizer is None:
-        from transformers import AutoTokenizer
+    """Accept what `encode` made, an object with `texts` and `labels`, or `text`/`label` columns.
 
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    Raises HealingError where an example is longer than what the model reads.
+    """
+    if not isinstance(data, Encoded):
+        texts, labels = _texts_and_labels(data)
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        data = encode(tokenizer, texts, labels, max_length, _is_regression(model))
+    limit, longest = position_limit(model), int(data.lengths.max())
+    if limit is not None and longest > limit:
+        raise HealingError(
+            f"an example has {longest} tokens, but {type(model).__name__} reads {limit} at most: "
+            f"lower max_length to at most {limit}"
+        )
+    return data
+
+
+def _texts_and_labels(data: Any) -> tuple[Sequence[Any], Sequence[float]]:
     texts, labels = getattr(data, "texts", None), getattr(data, "labels", None)
-    if texts is None or labels is None:
-        try:
-            texts, labels = list(data["text"]), list(data["label"])
-        except (KeyError, TypeError, IndexError) as error:
-            raise HealingError(
-                f"cannot train on {type(data).__name__}: need texts and labels, or columns "
-                "'text' and 'label', or what healing_utils.training.encode returns"
-            ) from error
-    return encode(tokenizer, texts, labels, max_length, _is_regression(model))
+    if texts is not None and labels is not None:
+        return texts, labels
+    try:
+        return list(data["text"]), list(data["label"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise HealingError(
+            f"cannot train on {type(data).__name__}: need texts and labels, or columns "
+            "'text' and 'label', or what healing_utils.training.encode returns"
+        ) from error
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The most tokens, special ones included, for which the model has positions; None for any
+    number. RoBERTa and MPNet count theirs from behind the padding id, which costs them two."""
+    base = getattr(model, "base_model", model)
+    positions = getattr(base.config, "max_position_embeddings", None) or -1
+    if positions < 0:  # XLNet's are relative
+        return None
+    tables = (m for n, m in base.named_modules() if n.endswith("position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)
+    return positions if padding is None else positions - padding - 1
 
 
 def _is_regression(model: nn.Module) -> bool:

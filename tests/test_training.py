@@ -487,6 +487,10 @@ def test_data_that_cannot_be_trained_on_is_refused():
         encode(tokenizer, ["good", "bad"], [1])
     with pytest.raises(HealingError, match="0 texts and 0 labels"):
         encode(tokenizer, [], [])
+    long = encode(tokenizer, ["good " * 60, "bad"], [1, 0])
+    for use in (fine_tune, evaluate):
+        with pytest.raises(HealingError, match="62 tokens, but .* reads 40 at most: lower max_l"):
+            use(classifier(), long)
     tokenizer.pad_token = None
     with pytest.raises(HealingError, match="no padding token"):
         encode(tokenizer, ["good"], [1])
