@@ -2,7 +2,7 @@
 
 Small models gain more from a second process than from a second thread. The processes share nothing
 but the run's folder: claims keep them off each other's cells, and only whole records count. One
-that dies costs the cell it was at, which another computes again.
+that is killed costs the cell it was at, which another computes again; a new one takes its place.
 
 A kernel has its workers help at the stage that it is at. `healing run` starts one set of them for
 its whole sequence: they go from stage to stage by themselves, so that they compute on while a
@@ -14,15 +14,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # New objects before Python looks for cycles among them; at its usual 700 (2,000 from 3.13 on) it
 # looks over and over at what imports leave, a seventh of the time that they take.
 COLLECT_AFTER = 10_000
+REPLACED = 3  # times a worker is, in a run: memory that does not suffice for it ends it every time
+LOOK_AGAIN = 1.0  # seconds between two looks at whether all workers live
 PATIENCE = 10.0  # seconds a worker gets to release its claim when its work is not needed any more
 
 Job = tuple[Mapping[str, Any], Sequence[str]]  # a study's parameters, and stages of it in order
@@ -45,8 +49,8 @@ def helping(
         "HEALING_PROGRESS": "quiet",
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
-    workers = []
-    for _ in range(count):
+
+    def start() -> subprocess.Popen:
         worker = subprocess.Popen(
             [sys.executable, "-m", "healing_utils.workers"],
             stdin=subprocess.PIPE,
@@ -58,10 +62,16 @@ def helping(
         with contextlib.suppress(BrokenPipeError):
             worker.stdin.write(given)
             worker.stdin.close()
-        workers.append(worker)
+        return worker
+
+    workers, over = [start() for _ in range(count)], threading.Event()
+    watch = threading.Thread(target=_replace, args=(workers, start, over), daemon=True)
+    watch.start()
     try:
         yield workers
     finally:
+        over.set()
+        watch.join()
         for worker in workers:
             worker.terminate()
         for worker in workers:
@@ -72,10 +82,30 @@ def helping(
                 worker.wait()
 
 
+def _replace(
+    workers: list[subprocess.Popen],
+    start: Callable[[], subprocess.Popen],
+    over: threading.Event,
+) -> None:
+    """Start a new worker for each of `workers` that a signal has ended, in its place, until the
+    work is `over`; say so."""
+    left = REPLACED * len(workers)
+    while left and workers and not over.wait(LOOK_AGAIN):
+        for place, worker in enumerate(workers):
+            code = worker.poll()
+            if left and code is not None and code < 0:
+                left -= 1
+                workers[place] = start()
+                then = "a new one takes its place"
+                if not left:
+                    then += f", the last of {REPLACED * len(workers)}"
+                name = signal.Signals(-code).name
+                print(f"a worker process was ended by {name}; {then}", file=sys.stderr)
+
+
 def main() -> None:
     """Compute cells of the jobs that come in as JSON."""
     import gc
-    import signal
 
     gc.set_threshold(COLLECT_AFTER)
     parent = os.getppid()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -167,3 +168,40 @@ def test_helping_ends_its_workers(folder, tmp_path):
     with workers.helping([(parameters, ["baseline"])], 2):
         pass
     assert time.monotonic() - started < 30
+
+
+def test_a_worker_that_is_killed_is_replaced_and_said(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(workers, "LOOK_AGAIN", 0.05)
+    given = tiny_study(
+        tmp_path / "run", folder / "model", folder / "task", seeds=[0, 1], epochs=60.0
+    )  # a cell takes seconds
+    Study(given | {"run": str(tmp_path / "alone")}).run("baseline")
+    claims = tmp_path / "run" / "claims"
+    with workers.helping([(given, ["baseline"])], 1) as started:
+        first = started[0]
+        wait(lambda: claims.is_dir() and list(claims.iterdir()))
+        first.kill()
+        assert not list((tmp_path / "run").glob("records/*/*.json"))
+        wait(lambda: started[0] is not first)
+        wait(lambda: contents(tmp_path / "run") == contents(tmp_path / "alone"))
+    assert first.returncode == -signal.SIGKILL
+    assert "ended by SIGKILL; a new one takes its place" in capfd.readouterr().err
+
+
+def test_a_worker_is_replaced_so_often_and_no_more(monkeypatch, capsys):
+    monkeypatch.setattr(workers, "LOOK_AGAIN", 0.0)
+    killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"]
+
+    def start(command=killed):
+        process = subprocess.Popen(command)
+        process.wait()
+        return process
+
+    over = threading.Event()
+    workers._replace([start()], start, over)  # ends by itself
+    assert capsys.readouterr().err.count("SIGSEGV") == workers.REPLACED
+    threading.Timer(0.5, over.set).start()
+    for ended_well_or_by_an_error in ("", "raise SystemExit(1)"):
+        one = start([sys.executable, "-c", ended_well_or_by_an_error])
+        workers._replace([one], start, over)
+    assert capsys.readouterr().err == ""
