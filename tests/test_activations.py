@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import os
 import signal
@@ -139,6 +140,25 @@ def test_batches_change_nothing_and_the_same_call_gives_the_same_bits():
     one, again, other = call(max_tokens=50), call(max_tokens=50), call(max_tokens=1)
     assert np.array_equal(one, again) and np.abs(one - other).max() < 1e-5
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_divide_the_rows_at_the_least_cost():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths, limit = rng.integers(0, 30, size=rng.integers(1, 9)), int(rng.integers(1, 90))
+        batches = activations._batches(lengths, limit)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+
+        def cost(parts, lengths=lengths, limit=limit):
+            padded = [len(part) * lengths[part].max() for part in parts]
+            if any(p > limit and len(part) > 1 for p, part in zip(padded, parts, strict=True)):
+                return np.inf
+            return sum(padded) + len(parts) * limit / 16
+
+        order, gaps = np.argsort(lengths, kind="stable"), range(1, len(lengths))
+        every = (cuts for n in range(len(lengths)) for cuts in itertools.combinations(gaps, n))
+        assert cost(batches) == min(cost(np.split(order, list(cuts))) for cuts in every)
+    assert activations._batches(np.array([], dtype=int), 8) == []
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "xlnet", "distilbert", "modernbert"])

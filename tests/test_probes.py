@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -218,6 +219,30 @@ def test_a_start_at_the_solution_ends_there_at_once():
         fit_probes(x[:1], y, 3, 0.003, 0.003, start=probes)
 
 
+def test_a_start_worse_than_no_weights_is_not_taken():
+    x, y = planted(layers=2, layer=0)
+    plain = fit_probes(x, y, 3, 0.003, 0.003)
+    far = replace(plain, weight=plain.weight * 1e3)
+    one_far = replace(plain, weight=plain.weight * np.array([1, 1e3], np.float32)[:, None, None])
+    again = fit_probes(x, y, 3, 0.003, 0.003, start=far)
+    first = fit_probes(x[:1], y, 3, 0.003, 0.003)
+    assert np.array_equal(again.weight[0], first.weight[0])
+    assert again.iterations.max() < 100 and again.converged.all()
+    assert fit_probes(x, y, 3, 0.003, 0.003, start=one_far).iterations[0] == 0
+
+
+def test_on_a_cpu_a_layer_starts_from_the_one_before():
+    x, y = planted(layers=3, layer=0)
+    noise = np.random.default_rng(5).standard_normal(x.shape[1:])
+    alike = np.stack([x[0], x[0] + 0.05 * noise, x[1]]).astype(np.float32)
+    found = fit_probes(alike, y, 3, 0.003, 0.003)
+    alone = [fit_probes(alike[i : i + 1], y, 3, 0.003, 0.003) for i in range(3)]
+    assert found.iterations[1] < alone[1].iterations[0]
+    for i in range(3):  # wherever they start, they end within the tolerance
+        assert found.objective[i] == pytest.approx(alone[i].objective[0], rel=2e-3)
+    assert found.converged.all()
+
+
 def test_a_class_without_words_and_a_constant_feature_are_no_obstacle():
     x, y = planted(layers=1, layer=0)
     x[..., 4] = 1e4
@@ -295,6 +320,8 @@ def test_the_metric_is_the_mean_product_and_its_bound_is_close(features):
     largest = float(torch.linalg.eigvalsh(want.double())[-1])
     assert largest <= metric.largest <= 1.2 * largest
     assert probes._metric(torch.zeros(50, features), weights).largest == 0
+    alike = probes._metric(x, None), probes._metric(x, torch.full((50,), 1 / 50))
+    assert torch.allclose(alike[0].products, alike[1].products, atol=1e-6)
 
 
 def test_layers_together_as_on_a_gpu_reach_the_same_minima(monkeypatch):
