@@ -337,6 +337,32 @@ def test_layers_together_as_on_a_gpu_reach_the_same_minima(monkeypatch):
         assert np.abs(together.weight - apart.weight).max() < 1e-2
 
 
+def test_layers_solved_together_or_each_alone_are_the_same_probes(monkeypatch):
+    x, y = planted(layers=5, layer=2)
+    words = [f"w{i % 97}" for i in range(len(y))]
+    given = (x[:, :400], y[:400], x[:, 400:], y[400:], words[:400], words[400:])
+    calls, solve = [], probes._solve_together
+
+    def counted(given, *rest):
+        calls.append(len(given.x))
+        return solve(given, *rest)
+
+    monkeypatch.setattr(probes, "_solve_together", counted)
+    tables = {}
+    for at_once in (1, 2, 5):
+        # Values of a layer's activations, and of the scores of its two problems.
+        monkeypatch.setattr(probes, "TOGETHER", at_once * 400 * (12 + 2 * 3))
+        calls.clear()
+        tables[at_once] = probe_layers(*given, tolerance=1e-6)
+        assert max(calls) == at_once
+    for table in tables.values():
+        pd.testing.assert_frame_equal(
+            table.drop(columns=["iterations", "nonzero"]),
+            tables[1].drop(columns=["iterations", "nonzero"]),
+        )
+        assert np.abs(table.nonzero - tables[1].nonzero).max() <= 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 def test_a_gpu_finds_the_same_minimum():
     x, y = planted()
