@@ -37,7 +37,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -303,18 +303,16 @@ def _solve(
     if given.targets.device.type != "cpu":
         return _solve_together(given, tolerance, max_iterations, weight, bias)
     problems, words = given.targets.shape
-    layers = list(_runs(given.layer.tolist()))
+    layers = [rows for _, rows in _runs(given.layer.tolist())]
     values = words * (given.x[0].shape[1] * len(layers) + given.classes * problems)
-    at_once = max(1, TOGETHER * len(layers) // values)
+    group = max(1, TOGETHER * len(layers) // values)
     parts = []
-    for first in range(0, len(layers), at_once):
-        some = layers[first : first + at_once]
-        rows = slice(some[0][1].start, some[-1][1].stop)
-        places = {layer: place for place, (layer, _) in enumerate(some)}
-        own = _Problems(
-            [given.x[layer] for layer in places], [given.metric[layer] for layer in places],
-            torch.tensor([places[layer] for layer in given.layer[rows].tolist()]),
-            given.targets[rows], given.l1[rows], given.l2[rows], given.weights, given.classes,
+    for first in range(0, len(layers), group):
+        some = layers[first : first + group]
+        rows = slice(some[0].start, some[-1].stop)
+        own = replace(
+            given, layer=given.layer[rows], targets=given.targets[rows], l1=given.l1[rows],
+            l2=given.l2[rows],
         )  # fmt: skip
         start = (None, None) if weight is None or bias is None else (weight[rows], bias[rows])
         parts.append(_solve_together(own, tolerance, max_iterations, *start))
@@ -577,13 +575,13 @@ def fit_probes(
     pairs = [_penalty(pair) for pair in zip(l1.tolist(), l2.tolist(), strict=True)]
     pairs = pairs * (problems // len(pairs))
 
-    mass = torch.full((words,), 1 / words, device=device)
+    mass, unequal = torch.full((words,), 1 / words, device=device), None
     if weights is not None:
         given = np.asarray(weights, dtype=np.float64)
         usable = np.isfinite(given).all() and given.min(initial=0) >= 0 < given.max(initial=0)
         if given.shape != (words,) or not usable:
             raise HealingError(f"weights must be {words} numbers of at least 0, not all of them 0")
-        mass = torch.from_numpy(given / given.sum()).float().to(device)
+        mass = unequal = torch.from_numpy(given / given.sum()).float().to(device)
     weight = bias = None
     if start is not None:
         if start.weight.shape != (problems, classes, features):
@@ -601,7 +599,7 @@ def fit_probes(
         xs = []
         for i in range(layers)[some]:
             own = _own_float32(x[i]).to(device)
-            z, mean, scale = _standardise(own, i, None if weights is None else mass)
+            z, mean, scale = _standardise(own, i, unequal)
             xs.append(z)
             means.append(mean)
             scales.append(scale)
@@ -611,13 +609,13 @@ def fit_probes(
         begin = None, None
         if weight is not None:
             begin = weight[rows], bias[rows]
-        elif parts and not shared:  # residual connections: a layer's features are much as before
+        elif parts:  # residual connections: a layer's features are much as before
             begin = parts[-1].weight, parts[-1].bias
         parts.append(
             _solve_together(
                 _Problems(
                     xs,
-                    [_metric(z, None if weights is None else mass) for z in xs],
+                    [_metric(z, unequal) for z in xs],
                     torch.zeros(count, dtype=torch.long) if shared else torch.arange(count),
                     ids.expand(count, words),
                     given[:, 0],

@@ -90,7 +90,7 @@ def _replace(
     """Start a new worker for each of `workers` that a signal has ended, in its place, until the
     work is `over`; say so."""
     left = REPLACED * len(workers)
-    while left and workers and not over.wait(LOOK_AGAIN):
+    while left and not over.wait(LOOK_AGAIN):
         for place, worker in enumerate(workers):
             code = worker.poll()
             if left and code is not None and code < 0:
