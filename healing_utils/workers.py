@@ -7,6 +7,9 @@ that is killed costs the cell it was at, which another computes again; a new one
 A kernel has its workers help at the stage that it is at. `healing run` starts one set of them for
 its whole sequence: they go from stage to stage by themselves, so that they compute on while a
 notebook draws its figures and the next kernel starts.
+
+Where there are GPUs, the process that asks takes the first, and its workers those that follow, in
+turn; with more processes than GPUs, several share one.
 """
 
 from __future__ import annotations
@@ -50,9 +53,9 @@ def helping(
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
 
-    def start() -> subprocess.Popen:
+    def start(place: int) -> subprocess.Popen:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "healing_utils.workers"],
+            [sys.executable, "-m", "healing_utils.workers", str(place)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # what fails here fails again, and is told, where it counts
@@ -64,7 +67,7 @@ def helping(
             worker.stdin.close()
         return worker
 
-    workers, over = [start() for _ in range(count)], threading.Event()
+    workers, over = [start(place) for place in range(count)], threading.Event()
     watch = threading.Thread(target=_replace, args=(workers, start, over), daemon=True)
     watch.start()
     try:
@@ -84,7 +87,7 @@ def helping(
 
 def _replace(
     workers: list[subprocess.Popen],
-    start: Callable[[], subprocess.Popen],
+    start: Callable[[int], subprocess.Popen],
     over: threading.Event,
 ) -> None:
     """Start a new worker for each of `workers` that a signal has ended, in its place, until the
@@ -95,7 +98,7 @@ def _replace(
             code = worker.poll()
             if left and code is not None and code < 0:
                 left -= 1
-                workers[place] = start()
+                workers[place] = start(place)
                 then = "a new one takes its place"
                 if not left:
                     then += f", the last of {REPLACED * len(workers)}"
@@ -103,8 +106,17 @@ def _replace(
                 print(f"a worker process was ended by {name}; {then}", file=sys.stderr)
 
 
-def main() -> None:
-    """Compute cells of the jobs that come in as JSON."""
+def take_gpu(place: int) -> None:
+    """Have torch's device ``cuda`` be this worker's: the one after the asking process's, and so on
+    round. Does nothing where torch sees no GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device((place + 1) % torch.cuda.device_count())
+
+
+def main(place: int) -> None:
+    """Compute cells of the jobs that come in as JSON, as the worker at `place` among all."""
     import gc
 
     gc.set_threshold(COLLECT_AFTER)
@@ -117,6 +129,7 @@ def main() -> None:
 
     from healing_utils.study import Study
 
+    take_gpu(place)
     for parameters, stages in jobs:
         study = Study(parameters)
         for stage in stages:
@@ -124,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -47,6 +47,48 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+# --- The loop as its definition says ---
+
+
+def test_the_losses_are_those_of_a_plain_loop():
+    """Dropout off: torch's own AdamW, clipping and cross-entropy, the whole table of embeddings,
+    one step after the other on the same batches."""
+    data = random_examples(96, classes=3, seed=3)
+    model = classifier(num_labels=3)
+    plain = copy.deepcopy(model).train()
+    rate, warm, steps = 1e-2, 0.1, 24
+    done = fine_tune(
+        model, data, epochs=8, batch_size=32, learning_rate=rate, warmup=warm, seed=5, **QUIET
+    )
+    decays = {True: [], False: []}
+    for name, parameter in plain.named_parameters():
+        decays[parameter.ndim > 1 and not name.endswith("bias")].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": decays[True], "weight_decay": 0.01}, {"params": decays[False]}],
+        lr=rate, weight_decay=0.0, fused=False, foreach=False,
+    )  # fmt: skip
+    rng, losses = np.random.default_rng(5), []
+    for _ in range(8):
+        for rows in training._epoch(data.lengths, 32, rng):
+            step = len(losses)
+            rising, falling = (step + 1) / (warm * steps + 1), (steps - step) / (steps * (1 - warm))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (rising if step < warm * steps else falling)
+            batch = training.collate(data, rows, torch.device("cpu"))
+            labels = torch.from_numpy(data.labels[rows])
+            loss = torch.nn.functional.cross_entropy(plain(**batch).logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+    assert done.shortcut == "first token" and len(losses) == steps
+    # 1e-7 on one machine; a rate wrong by a thousandth or no decay is above the bound.
+    assert np.abs(np.subtract(done.losses, losses)).max() < 1e-4
+    assert np.ptp(losses) > 0.1  # they move by far more than that
+    assert largest_difference(weights(model), weights(plain)) < 1e-3
+
+
 # --- Learning -------------------------------------------------------------------------------------
 
 

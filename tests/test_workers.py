@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+import torch
 from helpers import contents, save_tiny_bert, tiny_study, write_planted_task
 
 from healing_utils import executors, workers
@@ -160,14 +161,28 @@ def _running(pid: int) -> bool:
         return True
 
 
-def test_helping_ends_its_workers(folder, tmp_path):
+def test_helping_ends_its_workers_and_their_claims(folder, tmp_path):
     parameters = tiny_study(
-        tmp_path / "run", folder / "model", folder / "task", seeds=[0], epochs=500.0
+        tmp_path / "run", folder / "model", folder / "task", seeds=[0, 1], epochs=500.0
     )
-    started = time.monotonic()
-    with workers.helping([(parameters, ["baseline"])], 2):
-        pass
-    assert time.monotonic() - started < 30
+    claims = tmp_path / "run" / "claims"
+    with workers.helping([(parameters, ["baseline"])], 2) as started:
+        wait(lambda: claims.is_dir() and len(list(claims.glob("*.json"))) == 2)
+        asked = time.monotonic()
+    assert time.monotonic() - asked < workers.PATIENCE  # nobody had to be killed
+    assert [worker.returncode for worker in started] == [0, 0]
+    assert not list(claims.iterdir())
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [(3, [1, 2, 0, 1]), (1, [0, 0, 0, 0]), (0, [])])
+def test_workers_take_the_gpus_in_turn(gpus, taken, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    for place in range(4):
+        workers.take_gpu(place)
+    assert found == taken
 
 
 def test_a_worker_that_is_killed_is_replaced_and_said(folder, tmp_path, monkeypatch, capfd):
@@ -192,7 +207,7 @@ def test_a_worker_is_replaced_so_often_and_no_more(monkeypatch, capsys):
     monkeypatch.setattr(workers, "LOOK_AGAIN", 0.0)
     killed = [sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"]
 
-    def start(command=killed):
+    def start(place=0, command=killed):
         process = subprocess.Popen(command)
         process.wait()
         return process
@@ -202,6 +217,6 @@ def test_a_worker_is_replaced_so_often_and_no_more(monkeypatch, capsys):
     assert capsys.readouterr().err.count("SIGSEGV") == workers.REPLACED
     threading.Timer(0.5, over.set).start()
     for ended_well_or_by_an_error in ("", "raise SystemExit(1)"):
-        one = start([sys.executable, "-c", ended_well_or_by_an_error])
+        one = start(command=[sys.executable, "-c", ended_well_or_by_an_error])
         workers._replace([one], start, over)
     assert capsys.readouterr().err == ""
