@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="the Ray cluster's; run this on one of its nodes (default: Ray's own rules)",
     )
-    run.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="compute only the I-th of N shares of the cells, no tables: see the README on scale",
-    )
+    for command, what in (
+        (run, "compute only the I-th of N shares of the cells, no tables: see the README on scale"),
+        (plan, "of the I-th of N shares of the cells, which another machine computes each"),
+    ):
+        command.add_argument("--shard", metavar="I/N", help=what)
     run.add_argument(
         "--again",
         action="store_true",
@@ -104,40 +104,50 @@ def _run(arguments: argparse.Namespace) -> int:
     overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
     from healing_utils import executors
 
-    given = executors.choice(arguments.executor, arguments.address, arguments.shard)
-    before = {name: os.environ.get(name) for name in given}
-    os.environ |= given
     try:
-        executors.chosen()  # refused now, not in the first notebook
-        if executors.shard().count > 1:
-            print(runner.run_shard(arguments.profile, arguments.out, overrides))
-            return 0
-        page = runner.run(arguments.profile, arguments.out, overrides, again=arguments.again)
+        with _environment(executors.choice(arguments.executor, arguments.address, arguments.shard)):
+            executors.chosen().check()  # refused now, not in the first notebook
+            if executors.shard().count > 1:
+                print(runner.run_shard(arguments.profile, arguments.out, overrides))
+                return 0
+            page = runner.run(arguments.profile, arguments.out, overrides, again=arguments.again)
     except runner.NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped. Everything finished is kept; the same command goes on.", file=sys.stderr)
         return 130
+    print(page)
+    return 0
+
+
+@contextlib.contextmanager
+def _environment(given: Mapping[str, str]) -> Iterator[None]:
+    """These variables, as long as the block runs."""
+    before = {name: os.environ.get(name) for name in given}
+    os.environ |= given
+    try:
+        yield
     finally:
         for name, value in before.items():
             os.environ.pop(name)
             os.environ |= {} if value is None else {name: value}
-    print(page)
-    return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
     name, target, parameters = runner.settle(arguments.profile, arguments.out, overrides)
-    from healing_utils import plan
+    from healing_utils import executors, plan
     from healing_utils.parameters import read_parameters
     from healing_utils.study import Study
 
     if (target / "parameters.json").exists():  # of another study: refused, as by `run`
         runner.keep_parameters(target, parameters, read_parameters)
-    found = plan.make(Study(parameters))
-    print(plan.describe(found, f"Plan of profile {name} in {target}"))
+    with _environment(executors.choice(None, None, arguments.shard)):
+        share = executors.shard()
+        found = plan.make(Study(parameters))
+    whose = f"shard {share} of profile" if share.count > 1 else "profile"
+    print(plan.describe(found, f"Plan of {whose} {name} in {target}"))
     kept = plan.keep(found, target)
     print(f"estimate kept in {kept}" if kept else "everything is done")
     return 0

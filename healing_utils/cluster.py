@@ -81,6 +81,10 @@ class Ray:
     def __post_init__(self) -> None:
         _ray()
 
+    def check(self) -> None:
+        """Raise HealingError where nothing listens at the address."""
+        _reach(self.address)
+
     def outcomes(
         self, study: Study, stage: str, cells: list[Cell], note: Callable[[str], None]
     ) -> Iterator[Outcome]:
@@ -293,8 +297,7 @@ def _ray() -> Any:
         import ray
     except ImportError as error:
         raise HealingError(
-            "the executor 'ray' needs the package ray: pip install 'healing-utils[cluster]', or "
-            "pip install .[cluster] in a checkout"
+            "the executor 'ray' needs the package ray: pip install .[cluster] in a checkout"
         ) from error
     return ray
 
@@ -303,21 +306,33 @@ def _connect(ray: Any, address: str | None) -> None:
     """Once a process; the connection ends with it."""
     if ray.is_initialized():
         return
-    where = f"the Ray cluster at {address}" if address else "or start a Ray cluster"
+    _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here stays silent
     settings = {
         "py_modules": [str(Path(__file__).resolve().parent)],
         "env_vars": {"HEALING_PROGRESS": "quiet"},
     }
     try:
-        host, _, port = (address or "").rpartition(":")
-        if host and port.isdigit():  # Ray itself tries for minutes where nothing listens
+        ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray's own, or the address is none
+        raise _out_of_reach(address, error) from error
+
+
+def _reach(address: str | None) -> None:
+    """See that something listens at ``host:port``: Ray itself tries for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit():
+        try:
             host = host.rpartition("/")[2].strip("[]")
             socket.create_connection((host, int(port)), REACHED).close()
-        ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray's own, the socket's, or the address is none
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise HealingError(f"cannot reach {where}: {cause}") from error
+        except (OSError, OverflowError, UnicodeError) as error:  # the last two: no port, no host
+            raise _out_of_reach(address, error) from error
+
+
+def _out_of_reach(address: str | None, error: Exception) -> HealingError:
+    where = f"the Ray cluster at {address}" if address else "or start a Ray cluster"
+    cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return HealingError(f"cannot reach {where}: {cause}")
 
 
 def _is_local(task: str) -> bool:

@@ -39,6 +39,9 @@ Outcome = tuple["Cell", Exception | None]
 class Executor(Protocol):
     """Computes cells: yields each with None once its record is there, else with its error."""
 
+    def check(self) -> None:
+        """Raise HealingError where it is clear from here that no cell can be computed."""
+
     def outcomes(
         self, study: Study, stage: str, cells: list[Cell], note: Callable[[str], None]
     ) -> Iterator[Outcome]: ...
@@ -46,6 +49,9 @@ class Executor(Protocol):
 
 class InProcess:
     """One cell after the other, here. What another run on the same folder is at is waited for."""
+
+    def check(self) -> None:
+        pass
 
     def outcomes(
         self, study: Study, stage: str, cells: list[Cell], note: Callable[[str], None]

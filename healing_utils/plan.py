@@ -9,6 +9,7 @@ What the time stands on, where it is not measured:
 
 - neurons: the search for the minimal set is taken to end at an eighth of all neurons;
 - probes grow with words and layers, their fits with words and features, linearly;
+- rankings of neurons without a probe cost nothing beside the one with it;
 - a fine-tuned model takes two loads: the pre-trained one, then its own weights;
 - notebooks add the start of a kernel each and their figures, which are not in it; further workers
   compute meanwhile.
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from healing_utils import executors
 from healing_utils.records import Store, canonical, write_atomically
 from healing_utils.runner import ESTIMATE, duration
 
@@ -84,7 +86,8 @@ class Work:
     `trained`, `read`: tokens trained on, and those that are only run through the model, to be
     scored, compared or probed. `training`, `forward`: operations. `compared`: tokens whose states
     in two models are compared. `probed`: words times layers; `fitted`: words, over all fits of a
-    neuron cell, and `features`: those times the neurons of the fit. `kept`: bytes of weights.
+    neuron cell, and `features`: those times the neurons of the fit, but for the fit that ranks, whose
+    are `ranked`. `kept`: bytes of weights.
     """
 
     trained: int = 0
@@ -98,6 +101,7 @@ class Work:
     probed: int = 0
     fitted: int = 0
     features: int = 0
+    ranked: int = 0
     kept: int = 0
 
     def __add__(self, other: Work) -> Work:
@@ -117,14 +121,15 @@ def trained_lengths(
     return lengths[np.concatenate(batches[:steps])], steps
 
 
-def neuron_fits(neurons: int, words: int) -> tuple[int, int]:
+def neuron_fits(neurons: int, words: int) -> tuple[int, int, int]:
     """Words, and words times features, over all fits of a neuron cell: see `minimal_neurons` and
-    `accuracy_curve`. A fifth of the words is held out of the search."""
+    `accuracy_curve`; words times features of the first, which ranks, apart. A fifth of the words is
+    held out of the search."""
     wanted = max(1, neurons // 8)
     grid = [2**i for i in range(neurons.bit_length()) if 2**i < neurons] + [neurons]
     at = next(i for i, k in enumerate(grid) if k >= wanted)
     low, k = (grid[at - 1] if at else 0), grid[at]
-    searched = [neurons, *grid[: at + 1]]
+    searched = grid[: at + 1]
     while k - low > 1:
         middle = (low + k) // 2
         searched.append(middle)
@@ -133,8 +138,9 @@ def neuron_fits(neurons: int, words: int) -> tuple[int, int]:
     whole = [neurons, k, neurons, *curve * 3]
     inner = round(0.8 * words)
     return (
-        inner * len(searched) + words * len(whole),
+        inner * (1 + len(searched)) + words * len(whole),
         inner * sum(searched) + words * sum(whole),
+        inner * neurons,
     )
 
 
@@ -291,9 +297,10 @@ class Counts:
 
         lengths, words, _ = self.corpus(cell)
         shape = self.shape(cell.model)
-        fitted, features = neuron_fits((shape.layers + 1) * shape.hidden, words)
+        fitted, features, ranked = neuron_fits((shape.layers + 1) * shape.hidden, words)
         done = self._read(cell, lengths)
-        done += Work(loads=1 if cell.network is None else 2, fitted=fitted, features=features)
+        loads = 1 if cell.network is None else 2
+        done += Work(loads=loads, fitted=fitted, features=features, ranked=ranked)
         if json.loads(cell.determinants)["ablated"]:
             train, _, test = self.texts(cell)
             scored = 1 + len(ABLATED) * len(WHICH)
@@ -332,14 +339,21 @@ class Rates:
 
 @dataclass(frozen=True)
 class ProbeRates:
-    """Seconds a word and layer of a probe; a word of a fit, and a word and feature of one."""
+    """Seconds a word and layer of a probe; a word of a fit, a word and feature of one, and of the
+    one that ranks."""
 
     probed: float
     fitted: float
     feature: float
+    ranked: float
 
     def seconds(self, work: Work) -> float:
-        return self.probed * work.probed + self.fitted * work.fitted + self.feature * work.features
+        return (
+            self.probed * work.probed
+            + self.fitted * work.fitted
+            + self.feature * work.features
+            + self.ranked * work.ranked
+        )
 
 
 def cores() -> int:
@@ -466,10 +480,10 @@ def _spread(data: Encoded, count: int) -> Encoded:
 
 
 def calibrate_probes(counts: Counts, cell: Cell, rates: Rates, clock: Clock) -> ProbeRates:
-    """Time a probe of the middle layer, and two fits over neurons, on a cell's words."""
+    """Time a probe of the middle layer, and three fits over neurons, on a cell's words."""
     from healing_utils import linguistics, models
     from healing_utils.activations import extract_activations
-    from healing_utils.neurons import L1, L2
+    from healing_utils.neurons import L1, L2, TOLERANCE
     from healing_utils.probes import fit_probes, probe_layers
 
     study, p = counts.study, counts.study.parameters
@@ -510,15 +524,17 @@ def calibrate_probes(counts: Counts, cell: Cell, rates: Rates, clock: Clock) -> 
     everything = states[:, :size].transpose(1, 0, 2).reshape(1, size, -1)
     drawn_neurons = np.random.default_rng(0).permutation(everything.shape[2])
 
-    def fit(neurons: int) -> float:
+    def fit(neurons: int, **to: float) -> float:
         x = np.ascontiguousarray(everything[:, :, drawn_neurons[:neurons]])
-        return clock(lambda: fit_probes(x, ids, len(names), L1, L2, device=study.device))[0]
+        return clock(lambda: fit_probes(x, ids, len(names), L1, L2, device=study.device, **to))[0]
 
     many = min(MANY, everything.shape[2])
     few = min(FEW, many // 2)
     small, large = fit(few), fit(many)
     feature = max(0.0, (large - small) / (many - few))
-    return ProbeRates(probed / size, max(0.0, small - feature * few) / size, feature / size)
+    word = max(0.0, small - feature * few)
+    ranked = max(feature, (fit(many, tolerance=TOLERANCE) - word) / many)
+    return ProbeRates(probed / size, word / size, feature / size, ranked / size)
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -565,12 +581,14 @@ def processes(parameters: Mapping[str, Any], left: int) -> int:
 
 
 def unfinished(study: Study) -> Iterator[tuple[str, int, list[Cell]]]:
-    """Stage by stage: its name, how many cells it plans, and those without a record.
+    """Stage by stage: its name, how many cells it plans, and those without a record; of a shard,
+    its own alone.
 
     A cell that several stages or scans plan counts where it comes first."""
     known: set[str] = set()
+    mine = executors.shard().has
     for name in STAGES:
-        cells = {cell.key: cell for cell in study.plan(name) if cell.key not in known}
+        cells = {c.key: c for c in study.plan(name) if c.key not in known and mine(c)}
         known |= set(cells)
         left = [c for c in cells.values() if study.store.read(c.stage, c.key) is None]
         yield name, len(cells), left

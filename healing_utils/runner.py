@@ -242,12 +242,18 @@ def run(
     if write_page is None:
         from healing_utils.page import write_page
     page = Path(write_page(target))
-    if (target / ESTIMATE).exists():
-        from healing_utils.plan import compare
-
-        for line in compare(target):
-            say(line)
+    for line in _compared(target):
+        say(line)
     return page
+
+
+def _compared(target: Path) -> list[str]:
+    """Estimated against measured time, where `healing plan` was asked."""
+    if not (target / ESTIMATE).exists():
+        return []
+    from healing_utils.plan import compare
+
+    return compare(target)
 
 
 def run_shard(
@@ -280,6 +286,8 @@ def run_shard(
                 failures.append(str(error))
     if failures:
         raise HealingError(" ".join(failures))
+    for line in _compared(target):
+        say(line)
     mine = sum(map(share.has, cells.values()))
     return (
         f"Shard {share}: its {mine} of {len(cells)} cells are done, in {target / 'records'}\n"

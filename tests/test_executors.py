@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import save_tiny_bert, tiny_study, write_planted_task
@@ -139,6 +140,18 @@ def test_a_wrong_choice_is_one_line_before_anything_runs(
     error = capsys.readouterr().err
     assert error.startswith("healing: ") and said in error and error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there_is_one_line_before_anything_runs(
+    address, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())  # nothing of it is asked
+    line = ["run", "quick", "--out", str(tmp_path / "run"), "--executor", "ray", "--address"]
+    assert cli.main([*line, address]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"healing: cannot reach the Ray cluster at {address}: ")
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_the_choice_reaches_what_the_run_starts(monkeypatch, tmp_path):

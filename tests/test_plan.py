@@ -168,10 +168,11 @@ def test_words_and_bytes_are_those_of_the_run(before, finished):
 def test_the_fits_of_a_neuron_cell():
     # 16 neurons, 10 words: the search, on 8 of them, tries all, 0, 1 and then 2, its end; then all,
     # those 2, and the curve of 1, 4 and 16, the first two thrice.
-    searched, whole = [16, 1, 2], [16, 2, 1, 1, 1, 4, 4, 4, 16]
+    ranked, searched, whole = 16, [1, 2], [16, 2, 1, 1, 1, 4, 4, 4, 16]
     assert plan.neuron_fits(16, 10) == (
-        8 * len(searched) + 10 * len(whole),
+        8 * (1 + len(searched)) + 10 * len(whole),
         8 * sum(searched) + 10 * sum(whole),
+        8 * ranked,
     )
 
 
@@ -185,6 +186,18 @@ def test_a_finished_run_has_nothing_left(parameters, finished, capsys):
     kept = (finished.run_folder / runner.ESTIMATE).read_bytes()
     assert plan.keep(after, finished.run_folder) is None
     assert (finished.run_folder / runner.ESTIMATE).read_bytes() == kept  # what it is compared with
+
+
+def test_shards_plan_every_cell_once(parameters, before, tmp_path, monkeypatch):
+    new = Study(parameters | {"run": str(tmp_path)})
+    keys = []
+    for share in ("1/2", "2/2"):
+        monkeypatch.setenv("HEALING_SHARD", share)
+        found = [(planned, left) for _, planned, left in plan.unfinished(new)]
+        assert all(planned == len(left) for planned, left in found)
+        keys.append({cell.key for _, left in found for cell in left})
+    whole = {cell.key for s in before.stages for cell, *_ in s.left}
+    assert keys[0] and keys[1] and keys[0].isdisjoint(keys[1]) and keys[0] | keys[1] == whole
 
 
 def test_a_partly_finished_run_has_the_rest(parameters, finished, tmp_path):
