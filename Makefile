@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test test-cluster lab report lock badges bench growth scaling colab-check lint clean
+.PHONY: help study test test-cluster lab report lock badges bench bench-gpu growth scaling colab-check lint clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -69,6 +69,13 @@ bench: $(VENV)/.neurox  ## Measure training and probing against their peers; nee
 	  'from healing_utils.runner import HUGE_PAGES as h; print(*map("=".join, h.items()))'); \
 	$(BIN)/python tests/benchmarks/throughput.py $(ARGS); \
 	$(BIN)/python tests/benchmarks/probing.py --neurox $(VENV)/neurox/bin/python
+
+bench-gpu: $(READY)  ## Measure training on a GPU: MiniLM-L6, BERT-Base and BERT-Large on SST-2
+	@for model in sentence-transformers/all-MiniLM-L6-v2:2e-4 bert-base-uncased:2e-5 \
+	    bert-large-uncased:2e-5; do \
+	  $(BIN)/python tests/benchmarks/throughput.py --model "$${model%:*}" --rate "$${model##*:}" \
+	    --seeds 6 --name "gpu-$$(basename "$${model%:*}")" $(ARGS); \
+	done
 
 growth: $(READY)  ## Measure how time and memory grow, and draw it
 	@$(BIN)/python tests/benchmarks/growth.py $(ARGS)

@@ -86,8 +86,8 @@ class Work:
     `trained`, `read`: tokens trained on, and those that are only run through the model, to be
     scored, compared or probed. `training`, `forward`: operations. `compared`: tokens whose states
     in two models are compared. `probed`: words times layers; `fitted`: words, over all fits of a
-    neuron cell, and `features`: those times the neurons of the fit, but for the fit that ranks, whose
-    are `ranked`. `kept`: bytes of weights.
+    neuron cell; `features`: those times the neurons of the fit, and `ranked` that of the one that
+    ranks. `kept`: bytes of weights.
     """
 
     trained: int = 0

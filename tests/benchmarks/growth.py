@@ -92,6 +92,7 @@ def measure_training(layers: int, hidden: int, heads: int, length: int) -> dict[
 
     model, data = bert(layers, hidden, heads), sentences_of(length)
     settings = {"epochs": 1, "batch_size": BATCH, "progress": False, "precision": "float32"}
+    settings["device"] = "cpu"
     return seconds_a_step(model, lambda: fine_tune(model, data, **settings))
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from healing_utils.errors import HealingError
 from healing_utils.neurons import TOLERANCE
 from healing_utils.probes import Probes, fit_probes
 
@@ -100,9 +101,9 @@ with open(f"{folder}/neurox_seconds.json", "w") as file:
 
 def read_corpus(counts: tuple[int, int]) -> dict[str, tuple[list[list[str]], list[list[str]]]]:
     """Words and chunk labels of the first sentences of both files, by part."""
-    from nltk.corpus import conll2000
+    from healing_utils.corpora import _nltk
 
-    corpus = {}
+    conll2000, corpus = _nltk("conll2000"), {}
     for part, count in zip(FILES, counts, strict=True):
         sentences = conll2000.iob_sents(f"{part}.txt")[:count]
         corpus[part] = (
@@ -442,7 +443,10 @@ def main() -> None:
     parser.add_argument("--saga-limit", type=float, default=16, help="seconds a layer, then stop")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the two files")
     work = parser.parse_args()
-    result = measure(work)
+    try:
+        result = measure(work)
+    except HealingError as error:  # the data are not there, say
+        raise SystemExit(str(error)) from None
     result["work"] = {
         name: value for name, value in vars(work).items() if name not in ("neurox", "out")
     }

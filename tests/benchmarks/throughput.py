@@ -2,23 +2,26 @@
 
     make bench                       # on MiniLM-L6 and SST-2
     make bench ARGS="--model organism --task sentiment --rate 5e-4"
+    make bench-gpu                   # BERT-Base and BERT-Large as well
 
 The work: one epoch of 1,000 phrases in batches of 32, every setting on the same phrases, timed
 after import and after a warm-up, one at a time; the fastest Trainer setting of each precision and
 ours, several times in turn. Tokens are counted without padding. Then where ours spends its time,
-and the scores of the same phrases, trained on for some epochs. Writes ``results.json`` and
-``results.md`` beside this file.
+and the scores of the same phrases, trained on for some epochs. On a GPU the lower precision is what
+it computes natively, the limit is that precision's, and the table has each setting's peak memory.
+Writes ``results.json`` and ``results.md`` beside this file, or by the name that it is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import math
 import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +29,43 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from healing_utils import models, statistics
+from healing_utils.errors import HealingError
 from healing_utils.study import PACKAGES, version
 from healing_utils.tasks import TaskData, load_task
-from healing_utils.training import Encoded, encode, evaluate, fine_tune
+from healing_utils.training import (
+    Encoded,
+    encode,
+    evaluate,
+    fine_tune,
+    pick_device,
+    pick_precision,
+    position_limit,
+)
 
 HERE = Path(__file__).parent
+DEVICE = pick_device()
+GPU = DEVICE.type == "cuda"
+# The lower precision, where the hardware has it: without bfloat16 instructions a CPU emulates it,
+# far slower than any other setting here.
+if GPU:
+    LOW = pick_precision("auto", DEVICE)
+else:
+    LOW = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else None
+LIMIT = LOW if GPU else "float32"  # the precision of the products that are the limit
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 PEERS = {
     "Trainer, run_glue.py's default: padding to 128": {"pad": 128},
     "Trainer, dynamic padding": {},
     "Trainer, dynamic padding, grouped by length": GROUPED,
-    "Trainer, dynamic padding, bfloat16": {"bf16": True},
-    "Trainer, dynamic padding, grouped by length, bfloat16": {**GROUPED, "bf16": True},
 }
-OURS = {
-    "healing_utils.fine_tune": {"precision": "float32"},
-    "healing_utils.fine_tune, bfloat16": {"precision": "bfloat16"},
-}
+OURS = {"healing_utils.fine_tune": {"precision": "float32"}}
+if LOW:
+    MIXED = {"bf16" if LOW == "bfloat16" else "fp16": True}
+    PEERS |= {
+        f"Trainer, dynamic padding, {LOW}": MIXED,
+        f"Trainer, dynamic padding, grouped by length, {LOW}": GROUPED | MIXED,
+    }
+    OURS[f"healing_utils.fine_tune, {LOW}"] = {"precision": LOW}
 # Operators by what they are for; the rest is Python, dispatch and whatever is short.
 PARTS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
@@ -54,12 +77,16 @@ PARTS = {
     ),
     "dropout and other arithmetic": (
         "random_", "ge", "mul", "mul_", "add", "add_", "addcmul", "sum", "masked_fill_", "div",
+        "native_dropout", "native_dropout_backward",
     ),
 }  # fmt: skip
-if not torch.cuda.is_available() and not torch.cpu.get_capabilities().get("avx512_bf16"):
-    # Without bfloat16 instructions a CPU emulates it, far slower than any other setting here.
-    PEERS = {name: setting for name, setting in PEERS.items() if "bf16" not in setting}
-    del OURS["healing_utils.fine_tune, bfloat16"]
+if GPU:
+    PARTS["attention"] = tuple(
+        f"_{kind}_attention_{way}"
+        for kind in ("flash", "efficient", "scaled_dot_product_cudnn")
+        for way in ("forward", "backward")
+    )
+REST = "between kernels, the rest" if GPU else "Python, dispatch, the rest"
 
 
 class Columns(torch.utils.data.Dataset):
@@ -91,6 +118,8 @@ def with_trainer(
     setting = dict(setting)
     pad = setting.pop("pad", None)
     model = models.load_classifier(work.model, work.classes, seed)
+    if pad is not None:  # run_glue.py takes no more than the model can read
+        pad = min(pad, position_limit(model) or pad)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -100,7 +129,7 @@ def with_trainer(
             weight_decay=0.01,
             warmup_steps=0.1,
             seed=seed,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not GPU,
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
@@ -114,47 +143,57 @@ def with_trainer(
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
         )
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
-    return model, seconds
+        return model, seconds_of(trainer.train)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """With the GPU, where there is one, idle before and after."""
+    if GPU:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def with_ours(
     work: argparse.Namespace, data: Encoded, setting: dict, seed: int, tokenizer
 ) -> tuple[torch.nn.Module, float]:
-    model = models.load_classifier(work.model, work.classes, seed)
-    start = time.perf_counter()
-    fine_tune(
-        model, data, epochs=work.epochs, learning_rate=work.rate, seed=seed, progress=False,
-        **setting,
+    # On the GPU before the clock starts, as with Trainer.
+    model = models.load_classifier(work.model, work.classes, seed).to(DEVICE)
+    train = functools.partial(
+        fine_tune, model, data, epochs=work.epochs, learning_rate=work.rate, seed=seed,
+        progress=False, **setting,
     )  # fmt: skip
-    return model, time.perf_counter() - start
+    return model, seconds_of(train)
 
 
 def where_the_time_goes(work: argparse.Namespace, data: Encoded, setting: dict, tokenizer) -> dict:
     """Shares of our time by part, from torch's profiler, which itself costs some per cent."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * GPU
+    with profile(activities=activities) as profiled:
         _, seconds = with_ours(work, data, setting, 0, tokenizer)
-    spent = {e.key: e.self_cpu_time_total / 1e6 for e in profiled.key_averages()}
+    spent = {
+        e.key: (e.self_device_time_total if GPU else e.self_cpu_time_total) / 1e6
+        for e in profiled.key_averages()
+    }
     shares = {
         part: sum(spent.get(f"aten::{name}", 0.0) for name in names) / seconds
         for part, names in PARTS.items()
     }
-    return {**shares, "Python, dispatch, the rest": 1 - sum(shares.values())}
+    return {**shares, REST: 1 - sum(shares.values())}
 
 
-def matrix_rate() -> float:
-    """GFLOP/s of a 2048³ float32 product with the current threads, the best of ten."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    best = math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best / 1e9
+def matrix_rate(precision: str = "float32") -> float:
+    """GFLOP/s of one large product, 2048³ on a CPU with the current threads and 8192³ on a GPU, the
+    best of ten."""
+    size = 8192 if GPU else 2048
+    a, b = torch.randn(2, size, size, device=DEVICE, dtype=getattr(torch, precision))
+    best = min(seconds_of(lambda: a @ b) for _ in range(10))
+    return 2 * size**3 / best / 1e9
 
 
 def measure(work: argparse.Namespace) -> dict:
@@ -171,7 +210,7 @@ def measure(work: argparse.Namespace) -> dict:
     )
     warm = encode(tokenizer, train.texts[:64], train.labels[:64])
 
-    rate = matrix_rate()
+    rate = matrix_rate(LIMIT)
     body = sum(
         p.numel()
         for name, p in models.load_classifier(work.model, task.num_labels, 0).named_parameters()
@@ -187,17 +226,22 @@ def measure(work: argparse.Namespace) -> dict:
         return train(work, examples, settings[name], seed, tokenizer)
 
     speeds: dict[str, list[float]] = {}
+    peaks: dict[str, float] = {}
     for name in settings:
         train_with(name, warm, 0)
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
         _, seconds = train_with(name, data, 0)
+        if GPU:
+            peaks[name] = torch.cuda.max_memory_allocated() / 1e9
         speeds[name] = [data.tokens * work.epochs / seconds]
         print(f"{speeds[name][0]:8.0f} tokens/s  {name}", flush=True)
 
     # The pair of each precision: the fastest Trainer setting and ours.
     pairs = {}
     for ours, setting in OURS.items():
-        mixed = setting["precision"] == "bfloat16"
-        peers = [name for name, given in PEERS.items() if given.get("bf16", False) == mixed]
+        mixed = setting["precision"] == LOW
+        peers = [name for name in PEERS if bool(LOW and LOW in name) == mixed]
         pairs[ours] = max(peers, key=lambda name: speeds[name][0])
     for seed in range(1, work.repeats):
         for name in [name for pair in pairs.items() for name in pair]:
@@ -221,12 +265,16 @@ def measure(work: argparse.Namespace) -> dict:
         "work": vars(work),
         "tokens": data.tokens,
         "scored": len(scored),
-        "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
+        "processor": torch.cuda.get_device_name()
+        if GPU
+        else torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "versions": {name: version(name) for name in PACKAGES},
         "malloc": os.environ.get("GLIBC_TUNABLES", "as it is"),
+        "limit_precision": LIMIT,
         "matrix_gflops": rate,
         "limit_tokens_per_second": limit,
         "tokens_per_second": speeds,
+        "peak_gigabytes": peaks,
         "where": times,
         "pairs": pairs,
         "scores": scores,
@@ -242,23 +290,26 @@ def markdown(result: dict) -> str:
     work, pairs = result["work"], result["pairs"]
     fastest = max(OURS, key=lambda name: speeds.get(name, 0))
     fastest_peer = max((name for name in speeds if name not in OURS), key=speeds.get)
-    first = next(iter(pairs))
+    first, peaks = next(iter(pairs)), result["peak_gigabytes"]
+    limit = result["limit_precision"]
     lines = [
         f"{work['model']} on {work['task']}, {work['epochs']} epoch of {work['examples']:,} "
         f"phrases ({result['tokens']:,} tokens), batches of 32, float32 unless said, "
         f"{work['threads']} threads, malloc {result['malloc']}. Ours and the fastest peer of each "
         f"precision: medians of {work['repeats']} runs, taken in turn; the others: one run.",
         "",
-        "| setting | tokens/s | of run_glue.py's | share of the float32 limit |",
-        "|---|---:|---:|---:|",
+        f"| setting | tokens/s | of run_glue.py's | share of the {limit} limit |"
+        + " peak memory, GB |" * bool(peaks),
+        "|---|---:|---:|---:|" + "---:|" * bool(peaks),
     ]
     slowest = next(iter(speeds.values()))
     for name, speed in speeds.items():
         share = speed / result["limit_tokens_per_second"]
-        lines.append(f"| {name} | {speed:,.0f} | {speed / slowest:.1f} × | {share:.0%} |")
+        peak = f" {peaks[name]:.2f} |" if peaks else ""
+        lines.append(f"| {name} | {speed:,.0f} | {speed / slowest:.1f} × | {share:.0%} |{peak}")
     lines += [
         f"| limit: the matrix products alone at {result['matrix_gflops']:.0f} GFLOP/s "
-        f"| {result['limit_tokens_per_second']:,.0f} | | 100% |",
+        f"| {result['limit_tokens_per_second']:,.0f} | | 100% |" + " |" * bool(peaks),
         "",
         "Ours against the fastest Trainer setting: "
         + ", ".join(
@@ -295,14 +346,18 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of the fastest settings")
-    parser.add_argument("--seeds", type=int, default=16, help="seeds for the scores")
+    parser.add_argument("--seeds", type=int, default=12, help="seeds for the scores")
     parser.add_argument("--score-epochs", type=int, default=2)
     parser.add_argument("--held-out", type=int, default=2000, help="phrases scored beside the test")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="results", help="of the files that are written")
     work = parser.parse_args()
-    result = measure(work)
-    (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    (HERE / "results.md").write_text(markdown(result))
+    try:
+        result = measure(work)
+    except HealingError as error:  # the model or the data are not there, say
+        raise SystemExit(str(error)) from None
+    (HERE / f"{work.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (HERE / f"{work.name}.md").write_text(markdown(result))
     print("\n" + markdown(result))
 
 
