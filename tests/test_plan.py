@@ -14,6 +14,7 @@ from test_linguistics import write_corpus
 
 from healing_utils import cli, plan, runner, study
 from healing_utils.models import load_classifier
+from healing_utils.probes import CORRELATED
 from healing_utils.study import Study
 from healing_utils.training import fine_tune
 
@@ -169,11 +170,15 @@ def test_the_fits_of_a_neuron_cell():
     # 16 neurons, 10 words: the search, on 8 of them, tries all, 0, 1 and then 2, its end; then all,
     # those 2, and the curve of 1, 4 and 16, the first two thrice.
     ranked, searched, whole = 16, [1, 2], [16, 2, 1, 1, 1, 4, 4, 4, 16]
+    first = plan.RANKING  # times as many passes
     assert plan.neuron_fits(16, 10) == (
-        8 * (1 + len(searched)) + 10 * len(whole),
-        8 * sum(searched) + 10 * sum(whole),
-        8 * ranked,
+        round(8 * (first + len(searched)) + 10 * len(whole)),
+        round(8 * (first * ranked + sum(searched)) + 10 * sum(whole)),
+        round(first * ranked**2 + sum(k**2 for k in searched + whole)),
     )
+    # A fit beyond what the solver correlates adds no more than one at that size.
+    more, most = (plan.neuron_fits(n * CORRELATED, 10)[2] for n in (64, 128))
+    assert most - more <= 10 * CORRELATED**2
 
 
 # --- What is done ---------------------------------------------------------------------------------
