@@ -325,7 +325,7 @@ def _reach(address: str | None) -> None:
         try:
             host = host.rpartition("/")[2].strip("[]")
             socket.create_connection((host, int(port)), REACHED).close()
-        except (OSError, OverflowError, UnicodeError) as error:  # the last two: no port, no host
+        except (OSError, OverflowError, ValueError) as error:  # the last two: no port, no host
             raise _out_of_reach(address, error) from error
 
 

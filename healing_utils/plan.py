@@ -70,6 +70,19 @@ class Shape:
     weights: int
     parameters: int
 
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Shape:
+        """That of a classifier, with or without its weights."""
+        from healing_utils.encoders import encoder_layers
+
+        layers = encoder_layers(model)
+        return cls(
+            len(layers),
+            model.config.hidden_size,
+            sum(p.numel() for layer in layers for p in layer.parameters()),
+            sum(p.numel() for p in model.parameters()),
+        )
+
     def forward(self, lengths: np.ndarray, layers: int | None = None) -> int:
         """Operations of a forward pass over texts of so many tokens, padding left out.
 
@@ -172,16 +185,11 @@ class Counts:
             from transformers import AutoModelForSequenceClassification
 
             from healing_utils import models
-            from healing_utils.encoders import encoder_layers
 
             config = models.load_config(model, self.study.parameters["model_revision"])
             with torch.device("meta"):
                 empty = AutoModelForSequenceClassification.from_config(config)
-            layers = encoder_layers(empty)
-            weights = sum(p.numel() for layer in layers for p in layer.parameters())
-            everything = sum(p.numel() for p in empty.parameters())
-            shape = Shape(len(layers), config.hidden_size, weights, everything)
-            self._shapes[model] = shape, empty
+            self._shapes[model] = Shape.of(empty), empty
         return self._shapes[model]
 
     def _lengths(self, model: str, texts: Sequence[Any]) -> np.ndarray:
@@ -527,14 +535,13 @@ def calibrate_probes(counts: Counts, cell: Cell, rates: Rates, clock: Clock) -> 
     if 3 * probed < BUDGET:  # small: a good part of it is the same for any number of layers
         probed = probe(states)
 
-    names, ids = np.unique(labels[:size], return_inverse=True)
     everything = states[:, :size].transpose(1, 0, 2).reshape(1, size, -1)
     drawn_neurons = np.random.default_rng(0).permutation(everything.shape[2])
 
     def fit(neurons: int, words: int = size) -> float:
         x = np.ascontiguousarray(everything[:, :words, drawn_neurons[:neurons]])
-        there, dense = np.unique(ids[:words], return_inverse=True)
-        return clock(lambda: fit_probes(x, dense, len(there), L1, L2, device=study.device))[0]
+        names, ids = np.unique(labels[:words], return_inverse=True)
+        return clock(lambda: fit_probes(x, ids, len(names), L1, L2, device=study.device))[0]
 
     many = min(MANY, everything.shape[2])
     few = min(FEW, many // 2)

@@ -47,7 +47,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-# --- The loop as its definition says ---
+# --- The loop as its definition says --------------------------------------------------------------
 
 
 def test_the_losses_are_those_of_a_plain_loop():

@@ -10,6 +10,7 @@ the values. Writes ``growth.json`` beside this file and ``figures/growth.png``.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -91,9 +92,11 @@ def measure_training(layers: int, hidden: int, heads: int, length: int) -> dict[
     from healing_utils.training import fine_tune
 
     model, data = bert(layers, hidden, heads), sentences_of(length)
-    settings = {"epochs": 1, "batch_size": BATCH, "progress": False, "precision": "float32"}
-    settings["device"] = "cpu"
-    return seconds_a_step(model, lambda: fine_tune(model, data, **settings))
+    train = functools.partial(
+        fine_tune, model, data, epochs=1, batch_size=BATCH, progress=False, precision="float32",
+        device="cpu",
+    )  # fmt: skip
+    return seconds_a_step(model, train)
 
 
 def measure_trainer(layers: int, hidden: int, heads: int, length: int) -> dict[str, float]:

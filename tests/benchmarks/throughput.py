@@ -29,7 +29,6 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from healing_utils import models, statistics
-from healing_utils.encoders import encoder_layers
 from healing_utils.errors import HealingError
 from healing_utils.plan import Shape
 from healing_utils.study import PACKAGES, version
@@ -213,9 +212,7 @@ def measure(work: argparse.Namespace) -> dict:
     warm = encode(tokenizer, train.texts[:64], train.labels[:64])
 
     rate = matrix_rate(LIMIT)
-    layers = encoder_layers(models.load_classifier(work.model, task.num_labels, 0))
-    weights = sum(p.numel() for layer in layers for p in layer.parameters())
-    shape = Shape(len(layers), models.load_config(work.model).hidden_size, weights, weights)
+    shape = Shape.of(models.load_classifier(work.model, task.num_labels, 0))
     operations = 3 * shape.forward(data.lengths) / data.tokens  # backward takes two forward ones
     limit = rate * 1e9 / operations
     print(f"{rate:.0f} GFLOP/s, so at most {limit:.0f} tokens/s at {operations / 1e6:.0f} MFLOP")
@@ -242,7 +239,7 @@ def measure(work: argparse.Namespace) -> dict:
     pairs = {}
     for ours, setting in OURS.items():
         mixed = setting["precision"] == LOW
-        peers = [name for name in PEERS if bool(LOW and LOW in name) == mixed]
+        peers = [n for n, given in PEERS.items() if ("bf16" in given or "fp16" in given) == mixed]
         pairs[ours] = max(peers, key=lambda name: speeds[name][0])
     for seed in range(1, work.repeats):
         for name in [name for pair in pairs.items() for name in pair]:
