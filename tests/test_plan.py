@@ -20,7 +20,7 @@ from healing_utils.training import fine_tune
 
 # Of `save_tiny_bert`'s layers: four products of 32 x 32, two of 32 x 48, two norms, all biases.
 LAYER = 4 * (32 * 32 + 32) + (32 * 48 + 48) + (48 * 32 + 32) + 4 * 32
-FACTOR = 3.0  # generous: these cells take a tenth of a second, profiles' from one second up
+FACTOR = 4.0  # generous: these cells take a tenth of a second, profiles' from one second up
 SCANS = {
     "recipes": {"recipe": ["drop", "distillation"], "levels": "1/3", "seeds": 0, "broken": False},
     "price": {"state": ["intact", "scratch"], "train_size": 16, "epochs": 1.3, "seeds": 0},
@@ -218,6 +218,28 @@ def test_a_partly_finished_run_has_the_rest(parameters, finished, tmp_path):
 
 
 # --- Time -----------------------------------------------------------------------------------------
+
+
+def test_of_short_calls_the_shortest_counts_and_long_ones_are_made_once(monkeypatch):
+    now = [0.0]
+    for name in ("process_time", "perf_counter"):
+        monkeypatch.setattr(plan.time, name, lambda: now[0])
+    given = SimpleNamespace(device=SimpleNamespace(type="cpu"), parameters={"threads": 1})
+    clock = plan.Clock(given)
+
+    def timed(*seconds):
+        """What the clock says of calls that would take so long, and how many it made."""
+        calls = iter(seconds)
+
+        def work():
+            now[0] += next(calls)
+            return now[0]
+
+        took, wall, _ = clock(work)
+        return round(took, 6), round(wall, 6), len(seconds) - len(list(calls))
+
+    assert timed(0.8, 0.1, 0.2, 9) == (0.1, 0.1, 3)  # the first was interrupted
+    assert timed(2.0, 0.1, 0.2, 9) == (2.0, 2.0, 1)
 
 
 @pytest.mark.parametrize(("left", "at_once"), [(0, 1), (1, 1), (2, 2), (5, 4), (20, 4)])
