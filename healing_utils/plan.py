@@ -129,13 +129,10 @@ def trained_lengths(
     lengths: np.ndarray, epochs: float, batch_size: int, seed: int
 ) -> tuple[np.ndarray, int]:
     """Tokens of every example that `fine_tune` trains on with these settings, and its steps."""
-    from healing_utils.training import _epoch
+    from healing_utils.training import Schedule
 
-    steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
-    rng, batches = np.random.default_rng(seed), []
-    while len(batches) < steps:
-        batches += _epoch(lengths, batch_size, rng)
-    return lengths[np.concatenate(batches[:steps])], steps
+    batches = list(Schedule(lengths, epochs, batch_size, 1.0, 0.0, 0, seed).batches())
+    return lengths[np.concatenate(batches)], len(batches)
 
 
 def neuron_fits(neurons: int, words: int) -> tuple[int, int, int]:

@@ -186,6 +186,45 @@ def _epoch(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> li
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """A training's steps: how many, on which examples, at which rate, and after which to score.
+
+    `lengths`: tokens of every training example; the rest as in `fine_tune`.
+    """
+
+    lengths: np.ndarray
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    warmup: float
+    evaluations: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.epochs * math.ceil(len(self.lengths) / self.batch_size)))
+
+    @property
+    def evaluate_after(self) -> set[int]:
+        """Counts of steps."""
+        return {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Example indices of every step."""
+        rng, batches = np.random.default_rng(self.seed), []
+        for _ in range(self.steps):
+            if not batches:
+                batches = _epoch(self.lengths, self.batch_size, rng)[::-1]
+            yield batches.pop()
+
+    def rate(self, step: int) -> float:
+        warm = self.warmup * self.steps
+        if step < warm:
+            return self.learning_rate * (step + 1) / (warm + 1)
+        return self.learning_rate * max(0.0, (self.steps - step) / max(1.0, self.steps - warm))
+
+
 def _probe_rows(lengths: np.ndarray) -> np.ndarray:
     """A few short examples whose batch has padding where any batch has."""
     order = np.argsort(lengths, kind="stable")
@@ -368,20 +407,12 @@ def fine_tune(
         keep_freed_memory()
     regression = _is_regression(model)
     lengths = train.lengths
-    per_epoch = math.ceil(len(train) / batch_size)
-    steps = max(1, round(epochs * per_epoch))
-    evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    rng = np.random.default_rng(seed)
+    schedule = Schedule(lengths, epochs, batch_size, learning_rate, warmup, evaluations, seed)
+    steps, rate, evaluate_after = schedule.steps, schedule.rate, schedule.evaluate_after
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     autocast = torch.autocast(
         device.type, dtype=getattr(torch, precision), enabled=precision != "float32"
     )
-
-    def rate(step: int) -> float:
-        warm = warmup * steps
-        if step < warm:
-            return learning_rate * (step + 1) / (warm + 1)
-        return learning_rate * max(0.0, (steps - step) / max(1.0, steps - warm))
 
     def forward_backward(rows: np.ndarray) -> torch.Tensor:
         """Gradient of the mean loss over `rows`; returns that loss, on the device."""
@@ -429,13 +460,9 @@ def fine_tune(
         halved = torch.bfloat16 if precision == "bfloat16" and objective is None else None
         low = shortened.enter_context(LowWeights(model, halved, groups))
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-        batches: list[np.ndarray] = []
         model.train()
         start = time.perf_counter()
-        for step in range(steps):
-            if not batches:
-                batches = _epoch(lengths, batch_size, rng)[::-1]
-            rows = batches.pop()
+        for step, rows in enumerate(schedule.batches()):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step) * group["factor"]
             random_state = _random_state(device)
@@ -488,7 +515,7 @@ def fine_tune(
                     on_step(step + 1, steps, latest)
                 if bar:
                     bar.update(step + 1 - bar.done, note=f"loss {latest:.3f}")
-            if validation is not None and step + 1 in evaluate_at:
+            if validation is not None and step + 1 in evaluate_after:
                 done.seconds += time.perf_counter() - start
                 with low.away():
                     scores = evaluate(model, validation, device=device)
