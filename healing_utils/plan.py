@@ -129,9 +129,9 @@ def trained_lengths(
     lengths: np.ndarray, epochs: float, batch_size: int, seed: int
 ) -> tuple[np.ndarray, int]:
     """Tokens of every example that `fine_tune` trains on with these settings, and its steps."""
-    from healing_utils.training import Schedule
+    from healing_utils.training import batches_of
 
-    batches = list(Schedule(lengths, epochs, batch_size, 1.0, 0.0, 0, seed).batches())
+    batches = batches_of(lengths, epochs, batch_size, seed)
     return lengths[np.concatenate(batches)], len(batches)
 
 

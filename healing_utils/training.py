@@ -186,43 +186,13 @@ def _epoch(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> li
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A training's steps: how many, on which examples, at which rate, and after which to score.
-
-    `lengths`: tokens of every training example; the rest as in `fine_tune`.
-    """
-
-    lengths: np.ndarray
-    epochs: float
-    batch_size: int
-    learning_rate: float
-    warmup: float
-    evaluations: int
-    seed: int
-
-    @property
-    def steps(self) -> int:
-        return max(1, round(self.epochs * math.ceil(len(self.lengths) / self.batch_size)))
-
-    @property
-    def evaluate_after(self) -> set[int]:
-        """Counts of steps."""
-        return {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
-
-    def batches(self) -> Iterator[np.ndarray]:
-        """Example indices of every step."""
-        rng, batches = np.random.default_rng(self.seed), []
-        for _ in range(self.steps):
-            if not batches:
-                batches = _epoch(self.lengths, self.batch_size, rng)[::-1]
-            yield batches.pop()
-
-    def rate(self, step: int) -> float:
-        warm = self.warmup * self.steps
-        if step < warm:
-            return self.learning_rate * (step + 1) / (warm + 1)
-        return self.learning_rate * max(0.0, (self.steps - step) / max(1.0, self.steps - warm))
+def batches_of(lengths: np.ndarray, epochs: float, batch_size: int, seed: int) -> list[np.ndarray]:
+    """The example indices of every step of a training, given the tokens of every example."""
+    steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
+    rng, batches = np.random.default_rng(seed), []
+    while len(batches) < steps:
+        batches += _epoch(lengths, batch_size, rng)
+    return batches[:steps]
 
 
 def _probe_rows(lengths: np.ndarray) -> np.ndarray:
@@ -407,12 +377,19 @@ def fine_tune(
         keep_freed_memory()
     regression = _is_regression(model)
     lengths = train.lengths
-    schedule = Schedule(lengths, epochs, batch_size, learning_rate, warmup, evaluations, seed)
-    steps, rate, evaluate_after = schedule.steps, schedule.rate, schedule.evaluate_after
+    batches = batches_of(lengths, epochs, batch_size, seed)
+    steps = len(batches)
+    evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     autocast = torch.autocast(
         device.type, dtype=getattr(torch, precision), enabled=precision != "float32"
     )
+
+    def rate(step: int) -> float:
+        warm = warmup * steps
+        if step < warm:
+            return learning_rate * (step + 1) / (warm + 1)
+        return learning_rate * max(0.0, (steps - step) / max(1.0, steps - warm))
 
     def forward_backward(rows: np.ndarray) -> torch.Tensor:
         """Gradient of the mean loss over `rows`; returns that loss, on the device."""
@@ -462,7 +439,7 @@ def fine_tune(
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
         model.train()
         start = time.perf_counter()
-        for step, rows in enumerate(schedule.batches()):
+        for step, rows in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step) * group["factor"]
             random_state = _random_state(device)
@@ -515,7 +492,7 @@ def fine_tune(
                     on_step(step + 1, steps, latest)
                 if bar:
                     bar.update(step + 1 - bar.done, note=f"loss {latest:.3f}")
-            if validation is not None and step + 1 in evaluate_after:
+            if validation is not None and step + 1 in evaluate_at:
                 done.seconds += time.perf_counter() - start
                 with low.away():
                     scores = evaluate(model, validation, device=device)

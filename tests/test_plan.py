@@ -20,7 +20,7 @@ from healing_utils.training import fine_tune
 
 # Of `save_tiny_bert`'s layers: four products of 32 x 32, two of 32 x 48, two norms, all biases.
 LAYER = 4 * (32 * 32 + 32) + (32 * 48 + 48) + (48 * 32 + 32) + 4 * 32
-FACTOR = 4.0  # generous: these cells take a tenth of a second, profiles' from one second up
+FACTOR = 3.0  # generous: these cells take a tenth of a second, profiles' from one second up
 SCANS = {
     "recipes": {"recipe": ["drop", "distillation"], "levels": "1/3", "seeds": 0, "broken": False},
     "price": {"state": ["intact", "scratch"], "train_size": 16, "epochs": 1.3, "seeds": 0},
