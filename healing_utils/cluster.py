@@ -472,8 +472,8 @@ def _check(study: Study, cell: Cell) -> None:
         )
     if "data" not in said:
         return
-    size = dict(cell.settings).get("train_size", study.parameters["train_size"])
-    if list(study._content(cell.task, cell.seed, size)) != said["data"]:
+    size = study.settings(cell)["train_size"]
+    if list(study.content(cell.task, cell.seed, size)) != said["data"]:
         raise HealingError(
             f"this worker finds other examples of task {cell.task!r} than the driver; name a "
             "version with data_revision"

@@ -385,8 +385,9 @@ def resolve_layers(
 
     `level` of `n_layers` is rounded half up to whole layers (a quarter of 6 is 2), counted from the
     input (`bottom`) or from the output (`top`); level 1 gives all layers. `layers` overrides both.
-    Of the controls, `random` draws as many layers from `seed`, the same in every process, and
-    `scattered` means all layers, of whose values the level is a share.
+    Of the controls, `random` draws as many layers from `seed`, the same in every process, about
+    half of them from each side and never the bottom or the top ones; `scattered` means all layers,
+    of whose values the level is a share.
     Raises HealingError for an unknown side, a level that rounds to no layer, and layers out of
     range.
     """
@@ -408,10 +409,28 @@ def resolve_layers(
             f"the smallest level here is {1 / (2 * n_layers):.3g}"
         )
     if side == "random":
-        return tuple(sorted(random.Random(f"layers:{seed}").sample(range(n_layers), count)))
+        return _random_layers(n_layers, count, seed)
     if side == "scattered":
         return tuple(range(n_layers))
     return tuple(range(count)) if side == "bottom" else tuple(range(n_layers - count, n_layers))
+
+
+def _random_layers(n_layers: int, count: int, seed: int) -> tuple[int, ...]:
+    """`count` layers, about half of them from each half of the stack, neither its lowest ones nor
+    its highest ones, but for all of them."""
+    everything = tuple(range(n_layers))
+    if count == n_layers:
+        return everything
+    if n_layers < 3:
+        raise HealingError(f"of {n_layers} layers any {count} is the bottom or the top one")
+    lower, upper = everything[: n_layers // 2], everything[n_layers // 2 :]
+    rng = random.Random(f"layers:{seed}")
+    while True:
+        low = count // 2 + (rng.randrange(2) if count % 2 else 0)
+        low = min(max(low, count - len(upper)), len(lower))
+        chosen = tuple(sorted(rng.sample(lower, low) + rng.sample(upper, count - low)))
+        if chosen not in (everything[:count], everything[-count:]):
+            return chosen
 
 
 def _index(value: Any) -> int:

@@ -20,7 +20,8 @@ from healing_utils.errors import HealingError
 from healing_utils.statistics import MARGIN, t_interval
 
 SETTING = ["model", "task", "state", "side", "level", "layers", "harm", "part", "start", "recipe"]
-BUDGET = ["train_size", "epochs", "learning_rate", "evaluations"]
+# What makes a training another one; the moments at which it is looked at do not.
+BUDGET = ["train_size", "epochs", "learning_rate", "head"]
 SHARES = (0.9, 0.95, 0.99)  # of the intact score, whose price is asked
 CONTROLS = {
     "random": "as many layers drawn at random",
@@ -48,6 +49,7 @@ def gather(
     if not tables:
         raise HealingError(f"run {run} has no scored cells: run 01 to 03 first")
     cells = pd.concat([t for t in tables if len(t)], ignore_index=True)
+    cells = cells[cells["state"] != "untrained"].reset_index(drop=True)  # a floor, no harm
     cells["scan"] = cells["scan"].fillna("main") if "scan" in cells else "main"
     cells["level"] = cells["level"].astype(float).round(6)
     cells["harm"] = _harms(cells)
@@ -385,14 +387,9 @@ def price_in_steps(curves: pd.DataFrame, shares: Iterable[float] = SHARES) -> pd
     unit = ["model", "task", "seed"]
     main = curves[(curves["state"] == "intact") & (curves["scan"] == "main")]
     ends = main.sort_values("step").groupby(unit, sort=False).tail(1)
-    ends = ends[[*unit, "score", "learning_rate", "train_size"]].rename(
-        columns={"score": "intact", "learning_rate": "usual_rate", "train_size": "usual_size"}
-    )
-    curves = curves.merge(ends, on=unit)
-    curves = curves[
-        (curves["learning_rate"] == curves["usual_rate"])
-        & (curves["train_size"] == curves["usual_size"])
-    ]
+    same = ["learning_rate", "train_size", "head"]
+    ends = ends[[*unit, "score", *same]].rename(columns={"score": "intact"})
+    curves = curves.merge(ends, on=[*unit, *same])
     longest = curves.groupby([*SETTING, "seed"], dropna=False)["epochs"].transform("max")
     curves = curves[curves["epochs"] == longest]
     finest = curves.groupby([*SETTING, "seed"], dropna=False)["evaluations"].transform("max")
@@ -511,6 +508,7 @@ def training_control(cells: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         if usual.empty:
             continue
         base = usual.iloc[0]
+        part = part[part["head"] == base["head"]]
         rates = part[(part["epochs"] == base["epochs"]) & (part["train_size"] == base.train_size)]
         longer = part[
             (part["learning_rate"] == base["learning_rate"])

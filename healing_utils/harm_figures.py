@@ -266,7 +266,7 @@ def price_curves(cells: pd.DataFrame, columns: int = 2) -> Figure:
     """Score as a share of the intact model's against the number of labelled examples, one line a
     state and side; of `harm.gather`'s cells that were trained on several numbers."""
     cells = cells[(cells["recipe"] == "full") & (cells["start"] == "pre-trained")]
-    same = ["epochs", "learning_rate", "evaluations"]
+    same = ["epochs", "learning_rate", "head"]
     usual = cells[cells["usual"]][same].drop_duplicates()
     cells = cells.merge(usual, on=same)  # only the examples differ
     by_side = (cells["part"] == "all") & cells["side"].isin(["bottom", "top", "all"])

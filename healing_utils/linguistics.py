@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from healing_utils import models, organism
+from healing_utils import models, organism, scans
 from healing_utils.activations import (
     extract_activations,
     sentence_activations,
     stored_activations,
 )  # fmt: skip
+from healing_utils.codelength import online_codelength
 from healing_utils.corpora import Corpus, load_corpus
 from healing_utils.encoders import parse_level
 from healing_utils.errors import HealingError
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     import torch
 
 # Raised whenever a change makes the same parameters give other numbers here.
-NUMERICS = 5
+NUMERICS = 6
 ABLATION_EXAMPLES = 200  # training sentences over which a neuron's mean is taken
 ABLATED = (0.01, 0.05, 0.2)  # shares of all neurons
 OVERLAP = 50  # strongest neurons whose overlap between rankings is given
@@ -59,6 +60,7 @@ class ProbeCell(Cell):
     source: tuple[str, str | None, str | None]  # what `load_corpus` is given
     network: Cell | None
     architecture: str  # as the model's configuration names it
+    scan: str  # whose fine-tuned model it is, `main` for the main grid's
 
     @property
     def name(self) -> str:
@@ -68,7 +70,7 @@ class ProbeCell(Cell):
     def columns(self) -> dict[str, Any]:
         return {
             **super().columns(), "corpus": self.corpus, "column": self.column,
-            "architecture": self.architecture,
+            "architecture": self.architecture, "scan": self.scan,
             "network": [self.network.stage, self.network.key] if self.network else None,
         }  # fmt: skip
 
@@ -133,6 +135,12 @@ def networks(study: Study, stage: str) -> list[tuple[str, str, int, Cell | None]
                     for state in ("broken", "healed"):
                         cell = study.cell(state, model, task, seed, side, level, kind, layers)
                         found.append((model, state, seed, cell))
+    known = {cell.key for *_, cell in found if cell is not None}
+    if stage == "probing":
+        for cell in scans.probed(study):
+            if cell.key not in known:
+                found.append((cell.model, "intact", cell.seed, cell))
+                known.add(cell.key)
     return found
 
 
@@ -183,7 +191,7 @@ def plan(study: Study, stage: str) -> list[Cell]:
                     stage, state, model, task, seed, side, level, kind, layers,
                     config.num_hidden_layers, "accuracy", canonical(determinants),
                     drawn.name, drawn.column, (name, column, p["corpus_test"]), network,
-                    config.model_type,
+                    config.model_type, getattr(network, "scan", "main"),
                 )
             )  # fmt: skip
     return cells
@@ -261,14 +269,17 @@ def _forget(study: Study, cell: ProbeCell) -> None:
 def _probe(study: Study, cell: ProbeCell, on_step: Callable[..., None]) -> dict[str, Any]:
     model = _model(study, cell)
     train, test, read = _words(study, cell, model)
+    settings = {"seed": cell.seed, "device": study.device}
     table = probe_layers(
         train.activations, train.labels, test.activations, test.labels, train.words, test.words,
-        train.sentences, seed=cell.seed, device=study.device,
+        train.sentences, **settings,
     )  # fmt: skip
+    code = online_codelength(train.activations, train.labels, train.sentences, **settings)
+    table = table.merge(code, on="layer")
     layers = json.loads(table.to_json(orient="records", double_precision=15))
     result: dict[str, Any] = {"layers": layers, "read": read}
     if cell.state in ("broken", "healed"):
-        result["cka"] = study.similarity(cell, model)["cka"]
+        result |= study.similarity(cell, model)
     _forget(study, cell)
     return result
 
@@ -320,7 +331,7 @@ def _ablation(
     """The task's score with neurons held, at every position, at their mean over the tokens of the
     task's own training sentences: at zero, or at the mean of another corpus, the model would see
     states that it never sees."""
-    p, task = study.parameters, study.task(cell.task)
+    p, task = study.settings(cell), study.task(cell.task)
     test = study.examples(cell).test
     texts = task.draw(cell.seed, p["train_size"], p["validation_size"])[0].texts
     means = sentence_activations(

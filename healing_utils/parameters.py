@@ -17,6 +17,7 @@ from healing_utils.errors import HealingError, choose, nearest
 SIDES = ("bottom", "top")
 STARTS = ("pre-trained", "fine-tuned")
 STATES = ("healed", "broken", "intact", "scratch")
+BY_TASK = ("train_size", "epochs", "learning_rate")  # may have a value a task
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,41 @@ def _several(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
     return lambda value: _unique([read(v) for v in _listed(value)])
 
 
+def _by_task(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One value for all tasks, or a mapping by task: ``{sst2: 8000, emotion: 4000}``."""
+
+    def each(value: Any) -> Any:
+        value = _plain(value)
+        if not isinstance(value, Mapping):
+            return read(value)
+        if not value:
+            raise HealingError("must be a value, or a mapping of tasks to values")
+        found = {}
+        for task, one in value.items():
+            try:
+                found[str(task)] = read(one)
+            except HealingError as error:
+                raise HealingError(f"{task} {error}") from error
+        return found
+
+    return each
+
+
+def for_task(parameters: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The parameters as they are for one task. Raises HealingError where a value is given by task
+    and not for this one."""
+    found = dict(parameters)
+    for name in BY_TASK:
+        given = found.get(name)
+        if isinstance(given, Mapping):
+            if task not in given:
+                raise HealingError(
+                    f"{name} is given for {', '.join(given)} and not for task {task!r}"
+                )
+            found[name] = given[task]
+    return found
+
+
 def _layer_sets(value: Any) -> str | list[list[int]]:
     """``each`` for one layer at a time, or lists of layers."""
     value = _plain(value)
@@ -225,6 +261,12 @@ def _precision(value: Any) -> str:
     return choose(value, PRECISIONS, "precision")
 
 
+def _heads() -> tuple[str, ...]:
+    from healing_utils.models import HEADS
+
+    return HEADS
+
+
 def _aggregation(value: Any) -> str:
     from healing_utils.activations import AGGREGATIONS
 
@@ -255,22 +297,31 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "recipe": Parameter("full", _one(_recipes, "recipe"), "how corrupted models are healed"),
     "init_levels": Parameter(
-        ["1/2"], _levels, "levels that are also redrawn with the model's own initialiser"
+        [], _levels, "levels that are also redrawn with the model's own initialiser"
     ),
     "scratch": Parameter(True, _flag, "also train from random initial values"),
     "scans": Parameter({}, _scans, "cells beside that grid, by scan: see the parameters' `SCAN`"),
-    "train_size": Parameter(1000, _integer(1, True), "labelled examples, null for all"),
-    "validation_size": Parameter(200, _integer(1), "held out of training for learning curves"),
+    "head": Parameter(
+        "first", _one(_heads, "head"), "reads the first token (the model's own), or the mean"
+    ),
+    "train_size": Parameter(
+        1000, _by_task(_integer(1, True)), "labelled examples, null for all; or by task"
+    ),
+    "validation_size": Parameter(500, _integer(1), "held out of training for learning curves"),
     "test_size": Parameter(None, _integer(1, True), "scored examples, null for all"),
-    "epochs": Parameter(4.0, _number(0, 1000, True), "passes over the training examples"),
+    "epochs": Parameter(
+        4.0, _by_task(_number(0, 1000, True)), "passes over the training examples; or by task"
+    ),
     "batch_size": Parameter(32, _integer(1), "examples in a step"),
-    "learning_rate": Parameter(5e-4, _number(0, 1, True), "peak learning rate"),
+    "learning_rate": Parameter(
+        5e-4, _by_task(_number(0, 1, True)), "peak learning rate; or by task"
+    ),
     "weight_decay": Parameter(0.01, _number(0, 1), "of AdamW"),
     "warmup": Parameter(0.1, _number(0, 1), "fraction of the steps with a rising rate"),
     "max_grad_norm": Parameter(1.0, _number(0, 1e6, True), "gradients are clipped to this norm"),
     "max_length": Parameter(128, _integer(4), "tokens a text is cut to"),
     "max_tokens": Parameter(8192, _integer(16), "tokens computed at once, padding included"),
-    "evaluations": Parameter(4, _integer(1), "points on a learning curve"),
+    "evaluations": Parameter(12, _integer(1), "points on a learning curve after the first"),
     "precision": Parameter("auto", _precision, "auto, float32, bfloat16 or float16"),
     "device": Parameter(None, _text(True), "cpu or cuda, null for the best there is"),
     "threads": Parameter(1, _integer(1), "CPU threads; results repeat for the same number"),
@@ -326,9 +377,15 @@ SCAN: dict[str, Parameter] = {
     "part": Parameter(["all"], _among(_parts, "part"), "parts"),
     "start": Parameter(["pre-trained"], _among(lambda: STARTS, "start"), "starts"),
     "recipe": Parameter(["full"], _among(_recipes, "recipe"), "recipes"),
-    "train_size": Parameter(None, _several(_integer(1)), "labelled examples"),
-    "epochs": Parameter(None, _several(_number(0, 1000, True)), "passes over them"),
-    "learning_rate": Parameter(None, _several(_number(0, 1, True)), "peak learning rates"),
+    "head": Parameter(None, _among(_heads, "head"), "heads"),
+    "train_size": Parameter(None, _by_task(_several(_integer(1))), "labelled examples; or by task"),
+    "epochs": Parameter(
+        None, _by_task(_several(_number(0, 1000, True))), "passes over them; or by task"
+    ),
+    "learning_rate": Parameter(
+        None, _by_task(_several(_number(0, 1, True))), "peak learning rates; or by task"
+    ),
+    "probed": Parameter(False, _flag, "look inside its intact models too (04_linguistics)"),
     "evaluations": Parameter(None, _several(_integer(1)), "points on a learning curve"),
 }
 

@@ -13,6 +13,7 @@ What the time stands on, where it is not measured:
 - the fit that ranks makes a third more passes than others (on MiniLM-L6 51 for 39), and rankings
   without a probe cost nothing beside it;
 - a fine-tuned model takes two loads: the pre-trained one, then its own weights;
+- the floors of a baseline, seconds each, are left out;
 - notebooks add the start of a kernel each and their figures, which are not in it; further workers
   compute meanwhile.
 """
@@ -206,7 +207,7 @@ class Counts:
 
     def texts(self, cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of each training, validation and test example of a cell."""
-        p = self.study.parameters | dict(cell.settings)
+        p = self.study.settings(cell)
         key = (cell.model, cell.task, cell.seed, p["train_size"])
         if key not in self._texts:
             data = self.study.task(cell.task)
@@ -223,7 +224,8 @@ class Counts:
             return self._probing(cell)
         if cell.stage == "neurons":
             return self._neurons(cell)
-        return self._broken(cell) if cell.state == "broken" else self._trained_cell(cell)
+        untrained = cell.state in ("broken", "untrained")
+        return self._broken(cell) if untrained else self._trained_cell(cell)
 
     def _read(self, cell: Cell, *texts: np.ndarray, layers: int | None = None) -> Work:
         """Texts run through the model."""
@@ -246,10 +248,10 @@ class Counts:
 
     def _broken(self, cell: Cell) -> Work:
         scored = self._read(cell, self.texts(cell)[2])
-        return scored + self._similarity(cell)
+        return scored + self._similarity(cell) + Work(loads=int(cell.state == "untrained"))
 
     def _training(self, cell: Cell, epochs: float) -> tuple[np.ndarray, int]:
-        p = self.study.parameters | dict(cell.settings)
+        p = self.study.settings(cell)
         key = (cell.model, cell.task, cell.seed, p["train_size"], epochs, p["batch_size"])
         if key not in self._trained:
             train = self.texts(cell)[0]
@@ -258,8 +260,9 @@ class Counts:
 
     def _trained_cell(self, cell: Cell) -> Work:
         from healing_utils.recipes import WARM_UP
+        from healing_utils.training import moments
 
-        p, shape = self.study.parameters | dict(cell.settings), self.shape(cell.model)
+        p, shape = self.study.settings(cell), self.shape(cell.model)
         _, validation, test = self.texts(cell)
         layers = shape.layers - (len(cell.layers) if cell.recipe == "drop" else 0)
         shares = [WARM_UP, 1 - WARM_UP] if cell.recipe in WARMED else [1]
@@ -272,9 +275,10 @@ class Counts:
             )  # fmt: skip
             if cell.recipe == "distillation" and share == WARM_UP:  # its teacher
                 done += self._read(cell, lengths) + Work(loads=2)
-        at = {round(steps * (i + 1) / p["evaluations"]) for i in range(p["evaluations"])} - {0}
+        at = [0, *moments(steps, p["evaluations"])]
         done += self._read(cell, test, *[validation] * len(at), layers=layers)
-        kept = {"intact": cell.plain, "healed": self.study._is_probed(cell)}
+        beside = cell.key in self.study.probed_beside
+        kept = {"intact": cell.plain or beside, "healed": self.study.is_probed(cell)}
         if kept.get(cell.state):
             done += Work(kept=4 * shape.parameters)
         return done
@@ -499,6 +503,7 @@ def calibrate_probes(counts: Counts, cell: Cell, rates: Rates, clock: Clock) -> 
     """Time a probe of the middle layer, and three fits over neurons, on a cell's words."""
     from healing_utils import linguistics, models
     from healing_utils.activations import extract_activations
+    from healing_utils.codelength import online_codelength
     from healing_utils.neurons import L1, L2
     from healing_utils.probes import fit_probes, probe_layers
 
@@ -522,15 +527,18 @@ def calibrate_probes(counts: Counts, cell: Cell, rates: Rates, clock: Clock) -> 
     groups = np.repeat(np.arange(train), [len(s) for s in drawn.train.words[:train]])
 
     def probe(layers: np.ndarray) -> float:
-        """Seconds a layer."""
+        """Seconds a layer, of its probes and its code."""
         train, test = layers[:, :size], layers[:, size:]
-        took, *_ = clock(
-            lambda: probe_layers(
+        settings = {"seed": cell.seed, "device": study.device}
+
+        def both() -> None:
+            probe_layers(
                 train, labels[:size], test, labels[size:], words[:size], words[size:], groups,
-                seed=cell.seed, device=study.device,
-            )
-        )  # fmt: skip
-        return took / len(layers)
+                **settings,
+            )  # fmt: skip
+            online_codelength(train, labels[:size], groups, **settings)
+
+        return clock(both)[0] / len(layers)
 
     probed = probe(states[len(states) // 2][None])
     if 3 * probed < BUDGET:  # small: a good part of it is the same for any number of layers

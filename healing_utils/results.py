@@ -21,17 +21,17 @@ COLUMNS = (
     "model", "task", "state", "side", "level", "kind", "part", "strength", "layers", "n_layers",
     "start", "recipe", "seed", "metric", "score", "score_f1", "score_accuracy", "score_matthews",
     "score_spearman", "chance", "chance_f1", "chance_accuracy", "test_size", "train_size", "epochs",
-    "learning_rate", "evaluations", "train_tokens", "diverged", "seconds", "device", "precision",
-    "threads", "versions", "key",
+    "learning_rate", "evaluations", "head", "train_tokens", "diverged", "seconds", "device",
+    "precision", "threads", "versions", "key",
 )  # fmt: skip
 PROBED_COLUMNS = (
     "model", "architecture", "task", "state", "side", "level", "kind", "layers", "n_layers", "seed",
     "corpus", "column",
 )  # fmt: skip
 PROBING_COLUMNS = (
-    *PROBED_COLUMNS, "layer", "accuracy", "macro_f1", "majority", "control_accuracy", "selectivity",
-    "cka", "l1", "nonzero", "converged", "n_train", "n_test", "n_classes", "seconds", "device",
-    "threads", "versions", "key",
+    *PROBED_COLUMNS, "scan", "layer", "accuracy", "macro_f1", "majority", "control_accuracy",
+    "selectivity", "codelength", "uniform", "cka", "l1", "nonzero", "converged", "n_train",
+    "n_test", "n_classes", "seconds", "device", "threads", "versions", "key",
 )  # fmt: skip
 NEURON_COLUMNS = (
     *PROBED_COLUMNS, "k", "neurons", "share", "delta", "dev_full", "dev_minimal", "test_full",
@@ -40,7 +40,8 @@ NEURON_COLUMNS = (
 CELL_COLUMNS = ("model", "task", "state", "side", "level", "kind", "part", "strength", "n_layers",
                 "seed", "metric")  # fmt: skip
 CURVE_COLUMNS = (
-    "layers", "start", "recipe", "train_size", "epochs", "learning_rate", "evaluations", "key",
+    "layers", "start", "recipe", "train_size", "epochs", "learning_rate", "evaluations", "head",
+    "key",
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
         flat[name] = result.get(name)
     for name in ("epochs", "learning_rate", "evaluations"):
         flat[name] = record["determinants"]["recipe"][name]
+    flat["head"] = record["determinants"].get("head", "first")
     flat["diverged"] = result.get("diverged", "")
     if "scan" in cell:
         flat["scan"] = cell["scan"]
@@ -90,7 +92,7 @@ def _probing_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     cka = record["result"].get("cka")
     return [
         {
-            **_probed(record), **_made(record), **layer,
+            **_probed(record), **_made(record), **layer, "scan": record["cell"].get("scan", "main"),
             "cka": cka[layer["layer"]] if cka else float("nan"),
         }
         for layer in record["result"]["layers"]
@@ -231,7 +233,8 @@ def load_curves(run: str | Path, scans: bool = False) -> pandas.DataFrame:
     """Score on held-out examples over training: ``model task state side level kind seed metric step
     score loss``, one row a point; of the stages baseline and recovery, with `scans` also of those.
 
-    Beside them stand ``scan layers start recipe train_size epochs learning_rate key``."""
+    Beside them stand ``scan layers start recipe train_size epochs learning_rate evaluations head
+    key``."""
     import pandas
 
     rows = []
@@ -254,14 +257,19 @@ def _ordered(frame: pandas.DataFrame) -> pandas.DataFrame:
     return frame.sort_values(order, kind="stable", ignore_index=True)
 
 
-def load_similarity(run: str | Path, stage: str = "corruption") -> pandas.DataFrame:
+def load_similarity(
+    run: str | Path, stage: str = "corruption", state: str = "broken"
+) -> pandas.DataFrame:
     """Similarity of broken to intact representations: ``model task side level kind strength part
     seed key layer layers measure similarity``, one row a layer (0 is the embeddings) and measure
-    (cosine, cka); of the stage `corruption` or `harms`."""
+    (cosine, cka, stream: see `similarity.layer_similarity`); of the stage `corruption` or `harms`.
+    The state ``untrained`` is the floor: a network that has learnt nothing, of `corruption`."""
     import pandas
 
     rows = []
     for record in planned_records(run_folder(run), stage):
+        if record["cell"]["state"] != state:
+            continue
         cell = {name: record["cell"][name] for name in CELL_COLUMNS}
         layers = tuple(record["cell"]["layers"])
         for measure, values in record["result"]["similarity"].items():
@@ -289,6 +297,8 @@ def load_changes(run: str | Path, stage: str = "corruption") -> pandas.DataFrame
 
     rows = []
     for record in planned_records(run_folder(run), stage):
+        if record["cell"]["state"] == "untrained":
+            continue
         changed = record["result"]["changed"]
         rows.append(
             {
@@ -306,13 +316,14 @@ def load_changes(run: str | Path, stage: str = "corruption") -> pandas.DataFrame
 
 def load_probed_scores(run: str | Path) -> pandas.DataFrame:
     """The task scores of the models that the stage ``probing`` looked into, as `load_results` gives
-    them: also of tasks that the task stages did not plan. Raises HealingError where one is missing.
+    them: also of tasks that the task stages did not plan, and without those of scans. Raises
+    HealingError where one is missing.
     """
     store = Store(run_folder(run))
     names: dict[str, dict[str, Any]] = {}
     for record in planned_records(store.run, "probing"):
         cell = record["cell"]
-        if cell["network"]:
+        if cell["network"] and cell.get("scan", "main") == "main":
             stage, key = cell["network"]
             scored = store.read(stage, key)
             if scored is None:

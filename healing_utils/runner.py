@@ -265,8 +265,9 @@ def run_shard(
 ) -> str:
     """Compute the cells of all stages of a profile that are this shard's; return what was done.
 
-    No notebook is run: tables, figures and page need the cells of all shards. Arguments as of
-    `run`. Raises HealingError where input is wrong or cells failed, after all others are done.
+    One task and seed is finished before the next begins. No notebook is run: tables, figures and
+    page need the cells of all shards. Arguments as of `run`. Raises HealingError where input is
+    wrong or cells failed, after all others are done.
     """
     from healing_utils.study import Study
 
@@ -274,21 +275,14 @@ def run_shard(
     name, target, chosen = _prepare(profile, out, overrides, None, folder, None)
     say = _Speaker()
     say(f"Shard {share} of profile {name} in {target}")
-    cells, failures = {}, []
-    for path, passed in chosen.items():
-        for stage in computed_by(path):
-            say(stage)
-            try:
-                # As in its notebook: a parameter that is not declared there has its default.
-                found = Study(passed).compute(stage, plan=stage in STAGES)
-                cells |= {cell.key: cell for cell in found}
-            except HealingError as error:
-                failures.append(str(error))
-    if failures:
-        raise HealingError(" ".join(failures))
+    # As in the notebooks: a parameter that none of them declares has its default.
+    study = Study({k: v for passed in chosen.values() for k, v in passed.items()})
+    for stage in STAGES:
+        study.keep_plan(stage)
+    cells = study.compute("everything", plan=False)
     for line in _compared(target):
         say(line)
-    mine = sum(map(share.has, cells.values()))
+    mine = sum(map(share.has, cells))
     return (
         f"Shard {share}: its {mine} of {len(cells)} cells are done, in {target / 'records'}\n"
         "Tables, figures and page need the cells of all shards: copy their records folders "

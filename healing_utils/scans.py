@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from healing_utils import models
 from healing_utils.encoders import OUTER_PARTS, parse_level, resolve_layers
 from healing_utils.errors import HealingError
-from healing_utils.parameters import SCAN
+from healing_utils.parameters import SCAN, for_task
 from healing_utils.study import Cell
 
 if TYPE_CHECKING:
     from healing_utils.study import Study
 
-BUDGET = ("train_size", "epochs", "learning_rate", "evaluations")
+# What a scan may set of a training; a value may be given by task.
+BUDGET = ("train_size", "epochs", "learning_rate", "evaluations", "head")
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,9 @@ def left_out(study: Study) -> list[str]:
 def _cells(study: Study, given: dict[str, Any]) -> Iterator[Cell]:
     p = study.parameters
     scan = {field: given.get(field, parameter.default) for field, parameter in SCAN.items()}
-    for field in ("task", "seeds", "sides", "evaluations", "train_size", "epochs", "learning_rate"):
+    for field in ("task", "seeds", "sides"):
         if scan[field] is None:
-            usual = p[field]
-            scan[field] = usual if isinstance(usual, list) else [usual]
+            scan[field] = p[field]
     # A study of another task keeps the notebooks' own scans of theirs out; `left_out` says so.
     scan["task"] = [task for task in scan["task"] if task in p["task"]]
     strangers = [seed for seed in scan["seeds"] if seed not in p["seeds"]]
@@ -77,8 +77,8 @@ def _cells(study: Study, given: dict[str, Any]) -> Iterator[Cell]:
     states = list(scan["state"])
     if "healed" in states and scan["broken"] and "broken" not in states:
         states.append("broken")
-    budgets = [dict(zip(BUDGET, v, strict=True)) for v in product(*(scan[b] for b in BUDGET))]
     for model, task, seed, state in product(p["model"], scan["task"], scan["seeds"], states):
+        budgets = _budgets(for_task(scan, task), for_task(p, task))
         if state in ("intact", "scratch"):
             n_layers = models.load_config(model, p["model_revision"]).num_hidden_layers
             where = ("all", 1.0, "scratch", tuple(range(n_layers))) if state == "scratch" else ()
@@ -95,6 +95,21 @@ def _cells(study: Study, given: dict[str, Any]) -> Iterator[Cell]:
                     how = {"part": part, "start": start, "recipe": recipe}
                     for budget in budgets:
                         yield study.cell(state, model, task, seed, *where, **how, **budget)
+
+
+def _budgets(scan: dict[str, Any], usual: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings of a scan on one task, whose own parameters are `usual`."""
+    values = [[usual[name]] if scan[name] is None else scan[name] for name in BUDGET]
+    return [dict(zip(BUDGET, chosen, strict=True)) for chosen in product(*values)]
+
+
+def probed(study: Study) -> list[ScanCell]:
+    """The intact cells of scans whose models are probed."""
+    wanted = {name for name, scan in study.parameters["scans"].items() if scan.get("probed")}
+    if not wanted:
+        return []
+    cells = plan(study, "scans")
+    return [cell for cell in cells if cell.state == "intact" and cell.scan in wanted]
 
 
 def _places(

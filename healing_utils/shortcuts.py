@@ -102,6 +102,7 @@ class _Layer:
     output_norm: nn.LayerNorm
     heads: int
     attention_output_dropout: nn.Dropout | None = None  # DistilBERT has none
+    biased: bool = False  # MPNet's layers are given a bias of the attention's logits
 
 
 def _bert(layer: Any) -> _Layer:
@@ -113,6 +114,16 @@ def _bert(layer: Any) -> _Layer:
         attention.query, attention.key, attention.value, attention.dropout, after.dense,
         after.LayerNorm, inner.dense, inner.intermediate_act_fn, output.dense, output.dropout,
         output.LayerNorm, attention.num_attention_heads, after.dropout,
+    )  # fmt: skip
+
+
+def _mpnet(layer: Any) -> _Layer:
+    attention, inner, output = layer.attention, layer.intermediate, layer.output
+    own = attention.attn
+    return _Layer(
+        own.q, own.k, own.v, own.dropout, own.o, attention.LayerNorm, inner.dense,
+        inner.intermediate_act_fn, output.dense, output.dropout, output.LayerNorm,
+        own.num_attention_heads, attention.dropout, biased=True,
     )  # fmt: skip
 
 
@@ -128,7 +139,7 @@ def _distilbert(layer: Any) -> _Layer:
 def _read(layer: nn.Module) -> _Layer | None:
     """The layer's modules; None where they are not understood, or a product is not a plain one:
     an adapter around it starts at zero and would pass every comparison below."""
-    for reader in (_bert, _distilbert):
+    for reader in (_bert, _distilbert, _mpnet):
         with contextlib.suppress(AttributeError):
             read = reader(layer)
             products = (
@@ -154,7 +165,7 @@ def _first_token(
     key = layer.key.weight.view(heads, size, -1)
     logits = (query @ key).transpose(0, 1) @ x.mT * size**-0.5  # (batch, heads, length)
     if mask is not None:
-        row = mask[:, 0, :1]  # (batch, 1, length): what the first token may see
+        row = mask[:, :, 0]  # (batch, 1 or heads, length): what the first token may see
         logits = (
             logits.masked_fill(~row, torch.finfo(logits.dtype).min)
             if row.dtype == torch.bool
@@ -228,16 +239,20 @@ def first_token_layers(model: nn.Module, batch: dict[str, torch.Tensor]) -> Iter
     read = [layer for module in modules if (layer := _read(module))]
     found = "nothing"
     try:
-        if read and len(read) == len(modules):  # so they return (batch, length, hidden)
+        if read and len(read) == len(modules):
             training = model.training
             model.eval()
-            wanted, first = _states(model, modules, batch)
-            for name in ["first token", "all tokens"] if first else ["all tokens"]:
-                _use(modules, read, name == "first token")
-                with contextlib.suppress(RuntimeError, TypeError):
-                    if _alike(_states(model, modules, batch)[0], wanted):
-                        found = name
-                        break
+            # Whatever goes wrong with a shortcut: what is as it was is always right.
+            with contextlib.suppress(Exception):
+                wanted, first, tupled = _states(model, modules, batch)
+                for name in ["first token", "all tokens"] if first else ["all tokens"]:
+                    _use(modules, read, name == "first token", tupled)
+                    with contextlib.suppress(Exception):
+                        if _alike(_states(model, modules, batch)[0], wanted):
+                            found = name
+                            break
+                    _restore(modules)
+            if found == "nothing":
                 _restore(modules)
             model.train(training)
         yield found
@@ -247,10 +262,16 @@ def first_token_layers(model: nn.Module, batch: dict[str, torch.Tensor]) -> Iter
 
 def _states(
     model: nn.Module, modules: list[nn.Module], batch: dict[str, torch.Tensor]
-) -> tuple[list[torch.Tensor], bool]:
-    """Every layer's output, and whether the logits depend on the last one's first token alone."""
-    outputs: list[Any] = []
-    hooks = [m.register_forward_hook(lambda _, __, out: outputs.append(out)) for m in modules]
+) -> tuple[list[torch.Tensor], bool, bool]:
+    """Every layer's output, whether the logits depend on the last one's first token alone, and
+    whether the layers answer in tuples of one."""
+    outputs, tuples = [], []
+
+    def keep(_: nn.Module, __: Any, out: Any) -> None:
+        tuples.append(isinstance(out, tuple))
+        outputs.append(out[0] if tuples[-1] and len(out) == 1 else out)
+
+    hooks = [m.register_forward_hook(keep) for m in modules]
     try:
         with torch.enable_grad():
             logits = model(**batch).logits
@@ -263,7 +284,7 @@ def _states(
     if outputs[-1].requires_grad:  # else all is frozen up to here, and the head stays unknown
         (gradient,) = torch.autograd.grad(logits.float().square().sum(), outputs[-1])
         first = bool(gradient[:, 0].any()) and not bool(gradient[:, 1:].any())
-    return [states.detach() for states in outputs], first
+    return [states.detach() for states in outputs], first, tuples[0]
 
 
 def _alike(states: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
@@ -274,12 +295,18 @@ def _alike(states: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
     )
 
 
-def _use(modules: list[nn.Module], read: list[_Layer], first_token: bool) -> None:
+def _use(modules: list[nn.Module], read: list[_Layer], first_token: bool, tupled: bool) -> None:
     for i, (module, layer) in enumerate(zip(modules, read, strict=True)):
         compute = _first_token if first_token and i + 1 == len(read) else _all_tokens
 
-        def forward(hidden_states, attention_mask=None, *_, c=compute, m=module, r=layer, **__):
-            return c(r, _as_products(hidden_states), attention_mask, m.training)
+        def forward(
+            hidden_states, attention_mask=None, bias=None, *_, c=compute, m=module, r=layer, **__
+        ):
+            mask = attention_mask
+            if r.biased and bias is not None:  # both are added to the logits
+                mask = bias if mask is None else bias + mask
+            out = c(r, _as_products(hidden_states), mask, m.training)
+            return (out,) if tupled else out
 
         module.forward = forward
 

@@ -31,19 +31,21 @@ def layer_similarity(
     """Similarity of the two models' hidden states over all real tokens of `data`; for `intact` may
     stand what `layer_states` gives for it.
 
-    Returns ``cosine`` (mean over tokens) and ``cka`` (linear centred kernel alignment, Kornblith et
-    al. 2019, section 3), each with one value a layer, embeddings first: (layers + 1,). CKA is
-    invariant to rotation and scale, so it tells a rotated stream from a lost one; the cosine does
-    not. Values that are not finite come out as NaN.
+    Returns ``cosine`` (mean over tokens), ``cka`` (linear centred kernel alignment, Kornblith et
+    al. 2019, section 3) and ``stream`` (`passing_stream` of `other`), each with one value a layer,
+    embeddings first: (layers + 1,). CKA is invariant to rotation and scale, so it tells a rotated
+    stream from a lost one; the cosine does not. Values that are not finite come out as NaN.
     """
     if isinstance(intact, nn.Module):
         intact = layer_states(intact, data)
     cosines: list[torch.Tensor] = []
+    streams: list[torch.Tensor] = []
     crosses: list[dict[str, torch.Tensor]] = []
     tokens = 0
     for pair in zip(intact, layer_states(other, data), strict=True):
         x, y = (p.double() for p in pair)
         cosines.append(torch.cosine_similarity(x, y, dim=-1).sum(dim=1))
+        streams.append(_stream(y))
         crosses.append(
             {
                 "xy": x.mT @ y, "xx": x.mT @ x, "yy": y.mT @ y, "x": x.sum(1), "y": y.sum(1),
@@ -63,4 +65,18 @@ def layer_similarity(
     return {
         "cosine": (sum(cosines) / tokens).tolist(),
         "cka": (hsic / norms.sqrt()).tolist(),
+        "stream": (sum(streams) / tokens).tolist(),
     }
+
+
+@torch.inference_mode()
+def passing_stream(model: nn.Module, data: Encoded) -> list[float]:
+    """How much of the embeddings' output still stands in every layer's: their cosine, the mean over
+    all real tokens of `data`, embeddings (1) first: (layers + 1,)."""
+    sums = [_stream(states.double()) for states in layer_states(model, data)]
+    return (sum(sums) / data.tokens).tolist()
+
+
+def _stream(states: torch.Tensor) -> torch.Tensor:
+    """Cosines with the first layer of `states` (layers + 1, tokens, hidden), summed over tokens."""
+    return torch.cosine_similarity(states, states[:1], dim=-1).sum(dim=1)

@@ -18,31 +18,34 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from healing_utils import executors, models, recipes, tasks
+from healing_utils import executors, floors, models, recipes, tasks
 from healing_utils.corruption import CorruptionReport, corrupt, parse_kind, spell_kind
 from healing_utils.encoders import OUTER_PARTS, parse_level, resolve_layers
 from healing_utils.errors import HealingError, choose
-from healing_utils.parameters import read_parameters
+from healing_utils.parameters import for_task, read_parameters
 from healing_utils.paths import run_folder
 from healing_utils.progress import Progress
 from healing_utils.records import Store, canonical, digest, write_atomically
 from healing_utils.results import SCAN_STAGES, table
-from healing_utils.similarity import layer_similarity, layer_states
+from healing_utils.similarity import layer_similarity, layer_states, passing_stream
 from healing_utils.training import (
     Diverged,
     Encoded,
     Training,
+    answers,
     encode,
-    evaluate,
     fine_tune,
+    grade,
     majority_scores,
     pick_device,
+    predict,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
 
 # Raised whenever a change makes the same parameters give other numbers: old records stay readable
 # and are no longer taken for finished cells.
-NUMERICS = 3
+NUMERICS = 4
 MIXED_NUMERICS = 1  # beside it, where bfloat16 or float16 is asked for
 STAGES = ("baseline", "corruption", "recovery")
 PROBING_STAGES = ("probing", "neurons")
@@ -63,6 +66,17 @@ KEPT_STATES = 256 << 20  # bytes of an intact model's states on them, the most t
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scikit-learn")
 
 
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """The processor's model where the system tells it, else its kind."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return f"{platform.machine()}, {value.strip()}"
+    return platform.processor() or platform.machine()
+
+
 def keeps_states(config: Any, tokens: int) -> bool:
     """Whether an intact model's states on so many tokens are kept from cell to cell."""
     return 4 * tokens * (config.num_hidden_layers + 1) * config.hidden_size <= KEPT_STATES
@@ -73,7 +87,7 @@ class Cell:
     """One unit of work. `determinants` is all that its result depends on, and gives the key."""
 
     stage: str
-    state: str  # intact, broken, healed or scratch
+    state: str  # intact, broken, untrained, healed or scratch
     model: str
     task: str
     seed: int
@@ -110,8 +124,11 @@ class Cell:
         what += "" if self.part == "all" else f" {self.part}"
         what += "" if self.start == "pre-trained" else f" {self.start}"
         what += "" if self.recipe == "full" else f" by {self.recipe}"
-        what = "" if self.state in ("intact", "scratch") else what
-        others = "".join(f" {name} {value:g}" for name, value in self.settings)
+        what = "" if self.state in ("intact", "scratch", "untrained") else what
+        others = "".join(
+            f" {name} {value}" if isinstance(value, str) else f" {name} {value:g}"
+            for name, value in self.settings
+        )
         return f"{self.model} {self.task} {self.state}{what}{others} seed {self.seed}"
 
     @property
@@ -122,7 +139,7 @@ class Cell:
         return found == ("all", None, "pre-trained", "full", ())
 
     def columns(self) -> dict[str, Any]:
-        corrupted = self.state not in ("intact", "scratch")
+        corrupted = self.state in ("broken", "healed")
         return {
             "model": self.model, "task": self.task, "state": self.state, "side": self.side,
             "level": self.level, "kind": self.kind,
@@ -186,7 +203,8 @@ class Study:
             )
         for name in p["task"]:
             data = self.task(name)
-            size = len(data.pool) if p["train_size"] is None else p["train_size"]
+            size = for_task(p, name)["train_size"]
+            size = len(data.pool) if size is None else size
             what = f"{data.num_labels} classes" if data.classes else "regression"
             lines.append(
                 f"task {name}: {what}, {size:,} training examples, "
@@ -214,9 +232,13 @@ class Study:
             )  # fmt: skip
         return self._tasks[name]
 
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """The parameters as they are for a cell."""
+        return for_task(self.parameters, cell.task) | dict(cell.settings)
+
     def examples(self, cell: Cell) -> Examples:
         """A cell's tokenised examples; the draw of training examples depends on the seed."""
-        p = self.parameters | dict(cell.settings)
+        p = self.settings(cell)
         model, name, seed = cell.model, cell.task, cell.seed
         key = (model, name, p["max_length"], seed, p["train_size"])
         if key not in self._examples:
@@ -238,7 +260,7 @@ class Study:
             )
         return self._examples[key]
 
-    def _content(self, name: str, seed: int, train_size: int | None) -> tuple[str, str, str]:
+    def content(self, name: str, seed: int, train_size: int | None) -> tuple[str, str, str]:
         """Hashes of a task's training, validation and test examples for one seed."""
         key = (name, seed, train_size)
         if key not in self._contents:
@@ -260,11 +282,13 @@ class Study:
         """The cell of a model that is scored on a task, planned or not.
 
         `kind` may carry a strength (``noise=0.5``). `part`, `start` and `recipe` are the study's
-        where they are not given; `settings` replace its `train_size` or parameters of `RECIPE`.
+        where they are not given; `settings` replace its `train_size`, `head` or parameters of
+        `RECIPE`.
         """
-        stage = {"intact": "baseline", "broken": "corruption"}.get(state, "recovery")
+        stages = {"intact": "baseline", "broken": "corruption", "untrained": "corruption"}
+        stage = stages.get(state, "recovery")
         corrupted, healed = state in ("broken", "healed"), state == "healed"
-        p = self.parameters
+        p = for_task(self.parameters, task)
         part = (part or p["part"]) if corrupted else "all"
         start = (start or p["start"]) if healed else "pre-trained"
         recipe = (recipe or p["recipe"]) if healed else "full"
@@ -272,6 +296,8 @@ class Study:
         settings = {k: v for k, v in settings.items() if v != p[k] and state != "broken"}
         p = p | settings
         config = models.load_config(model, p["model_revision"])
+        if part == "pooler" and p["head"] == "mean":
+            raise HealingError("head 'mean' has no pooler: part 'pooler' cannot be corrupted")
         if part in OUTER_PARTS and recipe != "full":
             raise HealingError(f"recipe {recipe!r} is for layers: {part} can be healed by 'full'")
         if recipe in ("transplant", "drop") and len(layers) == config.num_hidden_layers:
@@ -283,12 +309,14 @@ class Study:
             else [NUMERICS, MIXED_NUMERICS],
             "state": state,
             "model": models.identity(model, p["model_revision"]),
-            "data": self._content(task, seed, p["train_size"]),
+            "data": self.content(task, seed, p["train_size"]),
             "classes": data.num_labels,
             "recipe": {name: p[name] for name in RECIPE},
             "seed": seed,
             "threads": p["threads"],
         }
+        if p["head"] != "first":
+            determinants["head"] = p["head"]
         if corrupted:
             # The layers themselves: one cell, whichever side and level led to them. What is as in
             # paper A is left out, so that a new choice leaves the keys of old records alone.
@@ -343,9 +371,14 @@ class Study:
     def plan(self, stage: str) -> list[Cell]:
         """The cells of a stage, in the order in which they are computed.
 
-        `networks` are those of the task stages that the probing stages look into.
+        `networks` are those of the task stages that the probing stages look into; `everything` is
+        all stages, one task and seed after the other: what breaks or probes a model finds its
+        weights on the machine that has just trained it.
         """
-        choose(stage, (*STAGES, *SCAN_STAGES, *PROBING_STAGES, "networks"), "stage")
+        stages = (*STAGES, *SCAN_STAGES, "networks", *PROBING_STAGES)
+        choose(stage, (*stages, "everything"), "stage")
+        if stage == "everything":
+            return _by_unit([cell for name in stages for cell in self.plan(name)])
         if stage in SCAN_STAGES:
             from healing_utils import scans
 
@@ -358,13 +391,15 @@ class Study:
         for model in p["model"]:
             grid = self.corruptions(model) if stage != "baseline" else []
             n_layers = models.load_config(model, p["model_revision"]).num_hidden_layers
-            everything = ("all", 1.0, "scratch", tuple(range(n_layers)))
+            everything = ("all", 1.0, "scratch", tuple(range(n_layers)))  # of its parameters
             for task in p["task"]:
                 for seed in p["seeds"]:
                     if stage == "baseline":
                         cells.append(self.cell("intact", model, task, seed))
                     state = "broken" if stage == "corruption" else "healed"
                     cells += [self.cell(state, model, task, seed, *entry) for entry in grid]
+                    if stage == "corruption":  # the floor under every similarity
+                        cells.append(self.cell("untrained", model, task, seed, *everything))
                     if stage == "recovery" and p["scratch"]:
                         cells.append(self.cell("scratch", model, task, seed, *everything))
         return cells
@@ -391,13 +426,7 @@ class Study:
         executor, shard = executors.chosen(), executors.shard()
         cells = self.plan(stage)
         if plan:
-            planned = [
-                {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()} for c in cells
-            ]
-            write_atomically(
-                self.run_folder / "plans" / f"{stage}.json",
-                canonical({"stage": stage, "cells": planned}),
-            )
+            self.keep_plan(stage, cells)
         self.store.sweep()
         failures: list[tuple[Cell, BaseException]] = []
         todo = [cell for cell in cells if self.store.read(cell.stage, cell.key) is None]
@@ -425,6 +454,17 @@ class Study:
             )
         return cells
 
+    def keep_plan(self, stage: str, cells: list[Cell] | None = None) -> None:
+        """Make `cells`, or what the parameters plan, the stage's cells in this folder."""
+        planned = [
+            {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()}
+            for c in cells or self.plan(stage)
+        ]
+        write_atomically(
+            self.run_folder / "plans" / f"{stage}.json",
+            canonical({"stage": stage, "cells": planned}),
+        )
+
     def help(self, stage: str, stop: Callable[[], bool]) -> None:
         """Compute cells of a stage for another process, from the last one on, until `stop()` or
         until all are recorded, whoever computes them.
@@ -437,7 +477,7 @@ class Study:
                 sys.exit()
 
         cells = list(filter(executors.shard().has, self.plan(stage)))
-        for cell in reversed(cells):
+        for cell in cells if stage == "everything" else reversed(cells):
             on_step()
             with contextlib.suppress(Exception):
                 if self.store.read(cell.stage, cell.key) is None:
@@ -511,7 +551,7 @@ class Study:
         gpu = self.device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name(self.device) if gpu else "cpu",
-            "processor": platform.machine(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in PACKAGES},
@@ -523,12 +563,12 @@ class Study:
         data = self.task(cell.task)
         return models.load_classifier(
             cell.model, data.num_labels, cell.seed, self.parameters["model_revision"], scratch,
-            data.regression,
+            data.regression, self.settings(cell)["head"],
         )  # fmt: skip
 
     def _training(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
         """What `fine_tune` is given for a cell, beside the model and the examples."""
-        p = self.parameters | dict(cell.settings)
+        p = self.settings(cell)
         recipe = {name: p[name] for name in RECIPE if name != "max_length"}
         return {**recipe, "seed": cell.seed, "device": self.device, "on_step": on_step}
 
@@ -563,19 +603,44 @@ class Study:
         }
 
     def _score(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
-        examples = self.examples(cell)
-        return {
-            "scores": evaluate(model, examples.test, device=self.device),
-            "chance": {**examples.chance},
-            "test_size": len(examples.test),
+        test = self.examples(cell).test
+        logits = predict(model, test, device=self.device)
+        scored = {
+            "scores": grade(logits, test.labels),
+            "chance": {**self.examples(cell).chance},
+            "test_size": len(test),
         }
+        if test.labels.dtype.kind != "f":  # so that the error of the test items can be paired
+            right = answers(logits) == test.labels
+            scored["right"] = "".join(map(str, right.astype(int)))
+        return scored
 
     def _intact(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
         model = self._load(cell)
+        floor = self._floors(cell, model)  # of the embeddings before they are trained
         result = self._train_and_score(cell, model, on_step)
-        if cell.plain:  # those with other settings are only scored
+        if cell.plain or cell.key in self.probed_beside:
             self._save_weights(cell, model)
-        return result
+        found = models.loaded(cell.model, self.parameters["model_revision"])
+        sample = self.examples(cell).sample
+        return {**result, "floors": floor, "stream": passing_stream(model, sample), **found}
+
+    def _floors(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
+        p, data = self.settings(cell), self.task(cell.task)
+        train, validation = data.draw(cell.seed, p["train_size"], p["validation_size"])
+        given = (train, validation, data.test, data.num_labels, data.metric)
+        tokenizer = models.load_tokenizer(cell.model, p["model_revision"])
+        table = model.get_input_embeddings().weight.detach().cpu().numpy()
+        means = floors.static_means(tokenizer, table, p["max_length"])
+        with floors.limited(p["threads"]):
+            return {"tfidf": floors.tfidf(*given), "static": floors.static(*given, means)}
+
+    @cached_property
+    def probed_beside(self) -> frozenset[str]:
+        """Keys of the intact models of scans that 04_linguistics looks into."""
+        from healing_utils import scans
+
+        return frozenset(cell.key for cell in scans.probed(self))
 
     def _save_weights(self, cell: Cell, model: torch.nn.Module) -> None:
         """Kept for the stages that break or probe the fine-tuned model; may be deleted any time."""
@@ -642,9 +707,13 @@ class Study:
             "changed": _summary(report),
         }
 
+    def _untrained(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
+        model = self._load(cell, scratch=True).to(self.device).eval()
+        return {**self._score(cell, model), "similarity": self.similarity(cell, model)}
+
     def _healed(self, cell: Cell, on_step: Callable[..., None]) -> dict[str, Any]:
         model, result = self._heal(cell, on_step)
-        if self._is_probed(cell):
+        if self.is_probed(cell):
             self._save_weights(cell, model)
         return result
 
@@ -683,7 +752,7 @@ class Study:
         wanted = "teacher" in recipes.RECIPES[cell.recipe].needs
         return self._intact_network(cell) if wanted else None
 
-    def _is_probed(self, cell: Cell) -> bool:
+    def is_probed(self, cell: Cell) -> bool:
         """Whether 04_linguistics looks inside this corrupted model."""
         levels = {parse_level(level) for level in self.parameters["probe_levels"]}
         probed = cell.task in self.healed_tasks and cell.kind == "reinit" and cell.plain
@@ -706,6 +775,21 @@ class Study:
         )
 
 
+def _by_unit(cells: list[Cell]) -> list[Cell]:
+    """Each cell once, by seed and task, and of these what is trained before what is broken, and
+    that before what is probed."""
+    each: dict[str, Cell] = {}
+    for cell in cells:
+        each.setdefault(cell.key, cell)
+    tasks = {task: i for i, task in enumerate(dict.fromkeys(c.task for c in cells))}
+
+    def turn(cell: Cell) -> tuple[int, int, int]:
+        probed = PROBING_STAGES.index(cell.stage) + 2 if cell.stage in PROBING_STAGES else 0
+        return cell.seed, tasks[cell.task], probed or int(cell.stage == "corruption")
+
+    return sorted(each.values(), key=turn)
+
+
 def _summary(report: CorruptionReport) -> dict[str, Any]:
     """What a record keeps of a report: how much changed, and the change by tensor role."""
     by_role = report.to_frame().groupby("role")["relative_change"].mean()
@@ -726,6 +810,7 @@ def _summary(report: CorruptionReport) -> dict[str, Any]:
 COMPUTE: dict[str, Callable[[Study, Cell, Callable[..., None]], dict[str, Any]]] = {
     "intact": Study._intact,
     "broken": Study._broken,
+    "untrained": Study._untrained,
     "healed": Study._healed,
     "scratch": Study._scratch,
 }

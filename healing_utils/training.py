@@ -195,6 +195,14 @@ def batches_of(lengths: np.ndarray, epochs: float, batch_size: int, seed: int) -
     return batches[:steps]
 
 
+def moments(steps: int, evaluations: int) -> list[int]:
+    """The steps after which a learning curve has a point, at most `evaluations`, the last step
+    among them. Their distances grow, from one moment to the next by as much: most healing is done
+    early, and a time to heal is known as well as its moments lie close."""
+    found = {round(steps * ((i + 1) / evaluations) ** 2) for i in range(evaluations)}
+    return sorted(found - {0})
+
+
 def _probe_rows(lengths: np.ndarray) -> np.ndarray:
     """A few short examples whose batch has padding where any batch has."""
     order = np.argsort(lengths, kind="stable")
@@ -352,10 +360,11 @@ def fine_tune(
     fraction; `warmup` is the fraction of steps with a rising learning rate, which then falls
     linearly to zero. A batch of more than `max_tokens` tokens is computed in parts, with the same
     gradient; out of memory, the parts are halved and the step is done again. `validation` is scored
-    `evaluations` times, evenly spaced; nothing is chosen on it. `rates` are factors of the learning
-    rate by parameter name, 1 where there is none. `objective` replaces the task's loss: called with
-    a batch and its rows of `train`, it gives the sum over the examples. The same seed on the same
-    machine with the same number of threads gives the same weights, bit for bit, on a CPU.
+    before the first step and at `evaluations` further `moments`; nothing is chosen on it. `rates`
+    are factors of the learning rate by parameter name, 1 where there is none. `objective` replaces
+    the task's loss: called with a batch and its rows of `train`, it gives the sum over the
+    examples. The same seed on the same machine with the same number of threads gives the same
+    weights, bit for bit, on a CPU.
 
     Raises HealingError on settings out of range, and Diverged when the loss is no longer finite.
     """
@@ -379,7 +388,7 @@ def fine_tune(
     lengths = train.lengths
     batches = batches_of(lengths, epochs, batch_size, seed)
     steps = len(batches)
-    evaluate_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
+    evaluate_at = moments(steps, evaluations)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     autocast = torch.autocast(
         device.type, dtype=getattr(torch, precision), enabled=precision != "float32"
@@ -437,6 +446,9 @@ def fine_tune(
         halved = torch.bfloat16 if precision == "bfloat16" and objective is None else None
         low = shortened.enter_context(LowWeights(model, halved, groups))
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        if validation is not None:
+            with low.away():
+                done.curve.append({"step": 0, **evaluate(model, validation, device=device)})
         model.train()
         start = time.perf_counter()
         for step, rows in enumerate(batches):
@@ -553,15 +565,24 @@ def evaluate(model: nn.Module, data: Any, **settings: Any) -> dict[str, float]:
     such examples stands under ``not_finite``.
     """
     data = _encoded(data, model, settings.pop("tokenizer", None), settings.get("max_length", 128))
-    logits = predict(model, data, **settings)
+    return grade(predict(model, data, **settings), data.labels)
+
+
+def grade(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """What `evaluate` returns, of logits (examples, classes) and labels (examples,)."""
     finite = np.isfinite(logits).all(axis=1)
-    scores = score(logits, data.labels)
+    scores = score(logits, labels)
     tensor = torch.from_numpy(np.nan_to_num(logits))
-    loss = _loss(tensor, torch.from_numpy(data.labels), _is_regression(model)).item() / len(data)
-    scores["loss"] = loss
+    regression = labels.dtype.kind == "f"
+    scores["loss"] = _loss(tensor, torch.from_numpy(labels), regression).item() / len(labels)
     if not finite.all():
         scores["not_finite"] = float(1 - finite.mean())
     return scores
+
+
+def answers(logits: np.ndarray) -> np.ndarray:
+    """The class that `score` takes for the answer, (examples,), the lower one where two tie."""
+    return np.nan_to_num(logits, nan=-np.inf).argmax(axis=1)
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -576,11 +597,11 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return {"spearman": 0.0 if math.isnan(value) else float(value)}
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    answers = np.nan_to_num(logits, nan=-np.inf).argmax(axis=1)
+    said = answers(logits)
     return {
-        "f1": float(f1_score(labels, answers, average="macro")),
-        "accuracy": float(accuracy_score(labels, answers)),
-        "matthews": float(matthews_corrcoef(labels, answers)),
+        "f1": float(f1_score(labels, said, average="macro")),
+        "accuracy": float(accuracy_score(labels, said)),
+        "matthews": float(matthews_corrcoef(labels, said)),
     }
 
 

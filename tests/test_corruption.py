@@ -32,7 +32,7 @@ STRENGTHS = {
     "noise": 0.5, "sign_flip": 0.9, "bits_float32": 0.1, "bits_bfloat16": 0.2, "quantise": 3,
     "prune": 0.5,
 }  # fmt: skip
-REDRAWN = ("init", "reinit")  # kinds whose values do not depend on the values before
+REDRAWN = ("init", "reinit", "reinit_sqrt5")  # their values do not depend on those before
 RANDOM = sorted(set(KINDS) - {"zero", "quantise", "prune"})
 
 
@@ -207,7 +207,25 @@ def test_random_layers_are_as_many_and_drawn_by_the_seed():
     counts = [sum(layer in layers for layers in drawn.values()) for layer in range(12)]
     assert 8 < min(counts) and max(counts) < 32  # 20 expected, four standard errors are 12.6
     assert resolve_layers(12, "random", "1/2", seed=3) == drawn[3]
+    assert {sum(layer < 6 for layer in layers) for layers in drawn.values()} == {3}
     assert corrupt(tiny_model("bert"), side="random", level="1/3", seed=5).side == "random"
+
+
+@given(n=st.integers(3, 24), data=st.data())
+def test_random_layers_are_never_the_bottom_or_the_top_ones(n, data):
+    count, seed = data.draw(st.integers(1, n - 1)), data.draw(st.integers(0, 1000))
+    layers = resolve_layers(n, "random", f"{count}/{n}", seed=seed)
+    assert len(layers) == count and set(layers) < set(range(n))
+    assert layers != tuple(range(count)) and layers != tuple(range(n - count, n))
+    lower = sum(layer < n // 2 for layer in layers)
+    within = (count // 2, (count + 1) // 2)  # half of them, as far as a half of the stack has room
+    assert lower in within or lower == n // 2 or count - lower == n - n // 2
+    assert resolve_layers(n, "random", 1, seed=seed) == tuple(range(n))
+
+
+def test_of_two_layers_none_is_a_control():
+    with pytest.raises(HealingError, match="of 2 layers any 1 is the bottom or the top one"):
+        resolve_layers(2, "random", "1/2")
 
 
 @pytest.mark.parametrize("part", ["query", "key", "value"])
@@ -229,10 +247,12 @@ def test_a_slice_gets_the_same_values_as_in_the_whole(part):
 # --- What the kinds do ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind, gain", [("reinit", 6), ("reinit_sqrt5", 1)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reinit_follows_the_papers_rule(family):
+def test_reinit_follows_the_papers_rule(family, kind, gain):
+    """Uniform within sqrt(6 / ((1 + a^2) fan_in)), for a = 0 and for torch's own sqrt(5)."""
     model = tiny_model(family)
-    report = corrupt(model, level=1, kind="reinit", seed=3)
+    report = corrupt(model, level=1, kind=kind, seed=3)
     parameters = layer_parameters(model)
     drawn = []
     for tensor in report.tensors:
@@ -242,7 +262,7 @@ def test_reinit_follows_the_papers_rule(family):
         elif tensor.role == "layernorm":
             assert (values == 1).all()
         else:
-            bound = math.sqrt(6 / math.prod(values.shape[1:]))
+            bound = math.sqrt(gain / math.prod(values.shape[1:]))
             assert values.abs().max() <= bound
             drawn.append(values.flatten() / bound)
     # A uniform draw on [-1, 1]: mean 0, variance 1/3; 4 standard errors allowed.
@@ -271,12 +291,13 @@ def tiny_bert(**plan):
     return model
 
 
-def test_reinit_writes_what_torchs_own_function_draws():
-    model = tiny_bert(seed=5)
+@pytest.mark.parametrize("kind, a", [("reinit", 0), ("reinit_sqrt5", math.sqrt(5))])
+def test_reinit_writes_what_torchs_own_function_draws(kind, a):
+    model = tiny_bert(seed=5, kind=kind)
     name = "layer.0.attention.self.query.weight"
     seed = int.from_bytes(hashlib.blake2b(f"5:{name}".encode(), digest_size=4).digest(), "big")
     generator = torch.Generator().manual_seed(seed)
-    expected = torch.nn.init.kaiming_uniform_(torch.empty(16, 16), generator=generator)
+    expected = torch.nn.init.kaiming_uniform_(torch.empty(16, 16), a=a, generator=generator)
     assert same_bits(layer_parameters(model)[name].detach(), expected)
 
 

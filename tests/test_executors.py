@@ -164,7 +164,10 @@ def test_the_choice_reaches_what_the_run_starts(monkeypatch, tmp_path):
         return Path("index.html")
 
     monkeypatch.setattr(runner, "run", run)
-    assert cli.main(["run", "quick", "--executor", "in-process", "--shard", "1/1"]) == 0
-    assert seen == {
-        "HEALING_EXECUTOR": "in-process", "HEALING_RAY_ADDRESS": "", "HEALING_SHARD": "1/1",
-    }  # fmt: skip
+    monkeypatch.setattr(runner, "run_shard", run)
+    for share in ([], ["--shard", "1/1"]):  # without notebooks, all cells are a share too
+        assert cli.main(["run", "quick", "--executor", "in-process", *share]) == 0
+        assert seen == {
+            "HEALING_EXECUTOR": "in-process", "HEALING_RAY_ADDRESS": "",
+            "HEALING_SHARD": "".join(share[1:]),
+        }  # fmt: skip

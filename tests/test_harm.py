@@ -28,8 +28,9 @@ def cells(*rows, seeds=SEEDS) -> pd.DataFrame:
             "model": "m", "task": "t", "state": "healed", "side": "bottom", "level": 0.5,
             "layers": (0, 1, 2), "kind": "reinit", "strength": math.nan, "harm": "reinit",
             "part": "all", "start": "pre-trained", "recipe": "full", "train_size": 100,
-            "epochs": 2.0, "learning_rate": 1e-3, "evaluations": 3, "scan": "main", "usual": True,
-            "metric": "f1", "chance": 0.5, "test_size": 100, "diverged": "", "key": f"k{number}",
+            "epochs": 2.0, "learning_rate": 1e-3, "evaluations": 3, "head": "first", "scan": "main",
+            "usual": True, "metric": "f1", "chance": 0.5, "test_size": 100, "diverged": "",
+            "key": f"k{number}",
         }  # fmt: skip
         row = plain | {"seed": seed} | row
         if row["state"] in ("intact", "scratch"):

@@ -183,7 +183,7 @@ def test_what_is_shipped_names_no_folder_of_this_machine(finished):
 
 
 def test_weights_that_were_not_kept_are_made_again(finished):
-    cell = next(c for c in finished.plan("recovery") if finished._is_probed(c))
+    cell = next(c for c in finished.plan("recovery") if finished.is_probed(c))
     path = finished.store.weights_path(cell.key)
     kept = finished.network(cell).state_dict()
     path.unlink()

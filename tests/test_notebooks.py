@@ -44,6 +44,8 @@ def test_a_notebook_by_itself_is_the_quick_run(path):
     quick = runner.read_profile("quick")[1]
     if "scans" not in declared:  # the package has none: they belong to 02 and 03
         quick.pop("scans")
+    elif path.stem == "04_linguistics":  # which looks into those that say so
+        quick["scans"] = {n: scan for n, scan in quick["scans"].items() if scan.get("probed")}
     assert read_parameters(declared) == read_parameters(quick)
 
 

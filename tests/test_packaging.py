@@ -35,8 +35,10 @@ BROUGHT = {
     "IPython": ("ipykernel", "ipython"),
     "PIL": ("matplotlib", "pillow"),
     "bs4": ("nbconvert", "beautifulsoup4"),
+    "huggingface_hub": ("transformers", "huggingface-hub"),
     "markupsafe": ("jinja2", "markupsafe"),
     "pygments": ("nbconvert", "pygments"),
+    "threadpoolctl": ("scikit-learn", "threadpoolctl"),
     "tokenizers": ("transformers", "tokenizers"),
 }
 

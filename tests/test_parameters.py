@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from healing_utils.errors import HealingError
-from healing_utils.parameters import PARAMETERS, notebook_parameters, read_parameters
+from healing_utils.parameters import PARAMETERS, for_task, notebook_parameters, read_parameters
 
 
 def read(name: str, value: object) -> object:
@@ -37,6 +37,14 @@ def read(name: str, value: object) -> object:
         ("learning_rate", "2.0e-5", 2e-5),
         ("learning_rate", 3e-4, 3e-4),
         ("epochs", "0.25", 0.25),
+        ("epochs", "{sst2: 4.5, emotion: 9}", {"sst2": 4.5, "emotion": 9.0}),
+        (
+            "train_size",
+            {"sst2": "8000", "my/reviews.csv": None},
+            {"sst2": 8000, "my/reviews.csv": None},
+        ),
+        ("learning_rate", {"sst2": "2e-4"}, {"sst2": 2e-4}),
+        ("head", "mean", "mean"),
         ("epochs", 3, 3.0),
         ("batch_size", "16", 16),
         ("batch_size", 16.0, 16),
@@ -151,3 +159,27 @@ def test_a_notebooks_variables_are_its_parameters():
 def test_a_variable_that_papermill_injected_under_a_wrong_name_is_refused():
     with pytest.raises(HealingError, match="'seed'; did you mean 'seeds'"):
         notebook_parameters({"run": "data/runs/x", "seeds": [3], "seed": 4})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": {"sst2": 0}}, "parameter epochs is .*: sst2 must be a number above 0"),
+        ({"train_size": {"sst2": "many"}}, "sst2 must be a whole number from 1 up"),
+        ({"learning_rate": {}}, "must be a value, or a mapping of tasks to values"),
+        ({"batch_size": {"sst2": 8}}, "must be a whole number"),
+        ({"head": "means"}, "unknown head 'means'.*Did you mean 'mean'"),
+        ({"scans": {"a": {"epochs": {"sst2": -1}}}}, "epochs of scan 'a'.*sst2 must be a number"),
+    ],
+)
+def test_a_wrong_value_of_one_task_names_the_task(given, message):
+    with pytest.raises(HealingError, match=message):
+        read_parameters(given)
+
+
+def test_for_a_task_every_parameter_has_one_value():
+    given = read_parameters({"epochs": {"sst2": 2, "cola": 3}, "train_size": 500})
+    assert for_task(given, "cola")["epochs"] == 3 and for_task(given, "cola")["train_size"] == 500
+    assert given["epochs"] == {"sst2": 2, "cola": 3}
+    with pytest.raises(HealingError, match="epochs is given for sst2, cola and not for task 'rte'"):
+        for_task(given, "rte")

@@ -102,7 +102,7 @@ def test_cells_of_every_stage_and_no_cell_twice(before):
     counts = {s.name: s.planned for s in before.stages}
     assert counts == {
         "baseline": 1,
-        "corruption": 5,  # two sides of reinit and of init at 1/3; all layers
+        "corruption": 6,  # two sides of reinit and of init at 1/3; all layers; an untrained one
         "harms": 1,  # the zeros
         "recovery": 6,  # as corrupted, and from scratch
         "scans": 6,  # two recipes on two sides, two prices
@@ -128,9 +128,9 @@ def test_tokens_and_operations_of_cells_are_counted_by_hand(parameters, before):
 
     (intact,) = work(before, "baseline").values()
     assert intact.trained == train.sum() and intact.steps == 4
-    assert intact.read == test.sum() + 2 * validation.sum()  # two evaluations
+    assert intact.read == test.sum() + 3 * validation.sum()  # at the start, and twice
     assert intact.training == 3 * forward(train)
-    assert intact.forward == forward(test) + 2 * forward(validation)
+    assert intact.forward == forward(test) + 3 * forward(validation)
     for broken in work(before, "corruption").values():
         assert (broken.trained, broken.training, broken.kept) == (0, 0, 0)
         # Scored, and compared with the intact model: all of the 24 are among the first 200.
@@ -213,7 +213,7 @@ def test_a_partly_finished_run_has_the_rest(parameters, finished, tmp_path):
             other.store.write(cell.stage, cell.key, record)
     left = {name: (planned, len(cells)) for name, planned, cells in plan.unfinished(other)}
     assert (
-        left["baseline"] == (1, 0) and left["corruption"] == (5, 2) and left["recovery"] == (6, 6)
+        left["baseline"] == (1, 0) and left["corruption"] == (6, 3) and left["recovery"] == (6, 6)
     )
 
 
@@ -256,7 +256,7 @@ def test_the_estimate_of_a_real_run_is_within_reason(before, finished):
         *sorted(s.name for s in before.stages if s.left), "all",
     ]  # fmt: skip
     total = lines[-1]
-    assert " 28 of 28 cells" in total
+    assert " 29 of 29 cells" in total
     ratio = float(total.split()[-2])
     assert 1 / FACTOR < ratio < FACTOR, lines
 
@@ -268,7 +268,7 @@ def test_a_run_ends_with_the_comparison(finished, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(runner, "sequence", lambda *_: [])
     runner.run("quick", tmp_path, write_page=lambda target: target)
     said = capsys.readouterr().err
-    assert "estimated and measured" in said and "28 of 28 cells" in said
+    assert "estimated and measured" in said and "29 of 29 cells" in said
 
 
 def test_without_an_estimate_there_is_nothing_to_compare(tmp_path):
@@ -297,11 +297,11 @@ def test_the_command_prints_the_plan_and_keeps_the_estimate(parameters, tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Plan of profile mine in {out}"
     rows = {line.split()[0]: line.split()[1:4] for line in lines[2:10]}
-    assert rows["baseline"] == ["2", "0", "2"] and rows["corruption"] == ["2", "0", "2"]
+    assert rows["baseline"] == ["2", "0", "2"] and rows["corruption"] == ["4", "0", "4"]
     assert lines[-1] == f"estimate kept in {out / runner.ESTIMATE}"
     stages = json.loads((out / runner.ESTIMATE).read_text())["stages"]
     assert {name: len(stage["cells"]) for name, stage in stages.items()} == {
-        "baseline": 2, "corruption": 2, "recovery": 4, "probing": 6, "neurons": 4,
+        "baseline": 2, "corruption": 4, "recovery": 4, "probing": 6, "neurons": 4,
     }  # fmt: skip
     assert sorted(path.name for path in out.iterdir()) == [runner.ESTIMATE]  # nothing was run
 

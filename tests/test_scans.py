@@ -61,6 +61,49 @@ def of(cells, scan):
 # --- Plans ----------------------------------------------------------------------------------------
 
 
+def test_a_scan_may_set_a_training_task_by_task(folder):
+    other = write_planted_task(folder / "other", seed=5)
+    tasks = [str(folder / "task"), str(other)]
+    scans = {"longer": {"state": "intact", "epochs": dict(zip(tasks, [[2, 3], 4], strict=True))}}
+    parameters = tiny_study(folder / "by-task", folder / "model", folder / "task", seeds=0)
+    study = Study({**parameters, "task": tasks, "scans": scans})
+    found = [(c.task, c.settings) for c in study.plan("scans")]
+    assert found == [
+        (tasks[0], (("epochs", 2.0),)), (tasks[0], (("epochs", 3.0),)),
+        (tasks[1], (("epochs", 4.0),)),
+    ]  # fmt: skip
+    scans["longer"]["epochs"] = {tasks[0]: 2}
+    with pytest.raises(HealingError, match="scan 'longer': epochs is given for .* and not for"):
+        Study({**parameters, "task": tasks, "scans": scans}).plan("scans")
+
+
+def test_a_scan_may_have_the_other_head(folder):
+    scans = {"pooled": {"state": ["intact", "healed"], "head": ["first", "mean"], "seeds": 0}}
+    study = tiny(folder, "heads", scans={**scans, "pooled": scans["pooled"] | {"levels": "1/3"}})
+    cells = study.plan("scans")
+    main = {c.key for stage in ("baseline", "recovery") for c in study.plan(stage)}
+    assert {c.settings for c in cells} == {(), (("head", "mean"),)}
+    assert {c.key in main for c in cells if not c.settings} == {True}
+    assert {c.key in main for c in cells if c.settings} == {False}
+    assert all(c.name.endswith("head mean seed 0") for c in cells if c.settings)
+
+
+def test_the_intact_models_of_a_probed_scan_are_kept_and_probed(folder, monkeypatch):
+    scans = {
+        "longer": {"state": ["intact", "scratch"], "epochs": 2, "seeds": 0, "probed": True},
+        "shorter": {"state": "intact", "epochs": 0.5, "seeds": 0},
+    }
+    study = tiny(folder, "probed", scans=scans, seeds=0, probe_levels=[], corpus="organism")
+    study.run("scans")
+    cells = {c.scan: c for c in study.plan("scans") if c.state == "intact"}
+    kept = {name: study.store.weights_path(c.key).exists() for name, c in cells.items()}
+    assert kept == {"longer": True, "shorter": False}
+    probing = study.plan("probing")
+    assert [c.network.key for c in probing if c.scan == "longer"] == [cells["longer"].key]
+    assert {c.scan for c in probing} == {"main", "longer"}
+    assert "longer" not in {c.scan for c in study.plan("neurons")}
+
+
 def test_a_scan_is_the_product_of_its_fields(finished):
     cells = finished[0].plan("scans")
     assert [c.layers for c in of(cells, "layers")] == [(0,), (1,), (2,)] * 2

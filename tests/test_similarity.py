@@ -11,7 +11,7 @@ from families import FAMILIES, LAYERS, tiny_config, tiny_model
 from helpers import random_examples
 
 from healing_utils.corruption import corrupt
-from healing_utils.similarity import layer_similarity, layer_states
+from healing_utils.similarity import layer_similarity, layer_states, passing_stream
 from healing_utils.training import Encoded
 
 
@@ -27,6 +27,8 @@ def test_a_model_is_like_itself_in_every_layer_of_every_family(family):
     for measure in ("cosine", "cka"):
         assert len(got[measure]) == LAYERS + 1
         assert np.allclose(got[measure], 1, atol=1e-9)
+    assert got["stream"] == passing_stream(model, examples(family))
+    assert got["stream"][0] == pytest.approx(1) and max(got["stream"][1:]) < 1
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
@@ -62,6 +64,21 @@ class Streams(torch.nn.Module):
     def forward(self, input_ids, output_hidden_states=True, **_):
         hidden = tuple(table[input_ids] for table in self.tables)
         return type("Output", (), {"hidden_states": hidden})()
+
+
+def test_the_stream_that_passes_is_the_cosine_with_the_embeddings():
+    """A layer that adds nothing passes all of it, one that turns it by a right angle none."""
+    data = random_examples(50, ids=(0, 60))
+    x = torch.randn(60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turned = torch.stack([-x[:, 1], x[:, 0], *x[:, 2:].mT], dim=1)
+    turned[:, 2:] = 0
+    x[:, 2:] = 0
+    stream = passing_stream(Streams(x, 3 * x, turned, -x), data)
+    assert np.allclose(stream, [1, 1, 0, -1], atol=1e-12)
+    other = Streams(turned, x, x, x)
+    assert layer_similarity(Streams(x, x, x, x), other, data)["stream"] == passing_stream(
+        other, data
+    )
 
 
 def test_cka_tells_a_rotated_stream_from_a_lost_one_and_agrees_with_its_definition():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
 import shutil
 
 import numpy as np
@@ -21,10 +22,11 @@ from helpers import (
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from healing_utils import load_results, models, study
+from healing_utils import floors, load_results, models, study
 from healing_utils.corruption import corrupt
 from healing_utils.errors import HealingError
 from healing_utils.records import Store
+from healing_utils.similarity import passing_stream
 from healing_utils.study import STAGES, Study
 from healing_utils.training import encode, evaluate
 
@@ -105,7 +107,12 @@ def test_the_stages_give_the_planned_rows(finished):
         scratch[["state", "side", "kind", "layers"]].values.tolist()
         == [["scratch", "all", "scratch", (0, 1, 2)]] * 2
     )
-    assert len(broken) == 10 and len(recovery) == 12
+    untrained = broken[broken["state"] != "broken"]
+    assert (
+        untrained[["state", "side", "layers"]].values.tolist()
+        == [["untrained", "all", (0, 1, 2)]] * 2
+    )
+    assert len(broken) == 12 and len(recovery) == 12
     for table in tables.values():
         assert set(CONTRACT) <= set(table.columns)
         assert table["key"].is_unique and table["score"].between(0, 1).all()
@@ -181,6 +188,7 @@ def keys(planned: Study, stage="recovery") -> set[str]:
         {"warmup": 0.2}, {"max_grad_norm": 2.0}, {"max_length": 15}, {"max_tokens": 4096},
         {"evaluations": 3}, {"precision": "bfloat16"}, {"threads": 2}, {"train_size": 31},
         {"validation_size": 7}, {"test_size": 23}, {"seeds": [2, 3]}, {"text_column": "label"},
+        {"head": "mean"},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -209,7 +217,7 @@ def test_a_key_changes_with_model_data_and_numerics(finished, folder, tmp_path, 
 def test_a_key_changes_with_state_layers_and_kind(finished):
     baseline, broken, healed = (keys(finished[0], stage) for stage in STAGES)
     assert not baseline & broken and not broken & healed and not baseline & healed
-    assert (len(baseline), len(broken), len(healed)) == (2, 10, 12)
+    assert (len(baseline), len(broken), len(healed)) == (2, 12, 12)
 
 
 def test_a_key_does_not_change_with_anything_else(finished, folder, tmp_path):
@@ -284,10 +292,14 @@ def test_records_hold_what_determines_and_what_describes_them(finished):
             assert record["made"]["versions"]["torch"] in torch.__version__
             assert record["times"]["seconds"] > 0
             result = record["result"]
-            if record["cell"]["state"] == "broken":
-                assert len(result["similarity"]["cosine"]) == len(result["similarity"]["cka"]) == 4
+            assert len(result["right"]) == result["test_size"]
+            right = result["right"].count("1") / result["test_size"]
+            assert right == pytest.approx(result["scores"]["accuracy"])
+            if stage == "corruption":
+                assert set(map(len, result["similarity"].values())) == {4}
+                assert set(result["similarity"]) == {"cosine", "cka", "stream"}
             else:
-                assert [row["step"] for row in result["curve"]] == [2, 4]
+                assert [row["step"] for row in result["curve"]] == [0, 1, 4]
                 assert len(result["losses"]) == result["steps"] == 4
             text = json.dumps(record)
             assert not any(word in text for word in (*CUES, "w1 ")), "texts of a data set"
@@ -303,6 +315,34 @@ def test_the_table_says_what_was_asked_for(finished, monkeypatch):
     assert set(custom["side"]) == {"custom"} and set(custom["layers"]) == {(2,)}
     top = finished[1]["recovery"].query("side == 'top' and kind == 'reinit'")
     assert list(custom["score"]) == list(top["score"])
+
+
+def test_parameters_by_task_are_the_studys_own(finished, folder, tmp_path):
+    """Given by task they are the same cells as given for all, and their weights are kept."""
+    task = str(folder / "task")
+    by_task = {
+        name: {task: finished[0].parameters[name], "elsewhere": 3}
+        for name in ("train_size", "epochs")
+    }
+    planned = another(finished, learning_rate={task: 1e-3}, **by_task)
+    assert keys(planned) == keys(finished[0])
+    assert all(cell.plain for cell in planned.plan("baseline"))
+    with pytest.raises(HealingError, match="epochs is given for elsewhere and not for task"):
+        another(finished, epochs={"elsewhere": 1}).plan("baseline")
+
+
+def test_everything_is_planned_by_task_and_seed_trained_before_broken_before_probed(finished):
+    planned = another(finished, probe_levels=["1/3"])
+    cells = planned.plan("everything")
+    assert len({cell.key for cell in cells}) == len(cells)
+    there = {c.key for stage in (*STAGES, "probing", "neurons") for c in planned.plan(stage)}
+    assert {cell.key for cell in cells} == there
+    units = [(cell.seed, cell.task) for cell in cells]
+    assert units == sorted(units, key=units.index)  # one after the other
+    turn = {"baseline": 0, "recovery": 0, "corruption": 1, "probing": 2, "neurons": 3}
+    for unit in set(units):
+        turns = [turn[c.stage] for c in cells if (c.seed, c.task) == unit]
+        assert turns == sorted(turns)
 
 
 # --- The states -----------------------------------------------------------------------------------
@@ -327,7 +367,7 @@ def test_broken_is_the_fine_tuned_model_corrupted_and_not_trained_again(finished
         intact = tables["baseline"].query("seed == @seed").iloc[0]
         assert evaluate(model, test, device="cpu")["f1"] == intact["score"]
         for cell in planned.plan("corruption"):
-            if cell.seed != seed:
+            if cell.seed != seed or cell.state != "broken":
                 continue
             broken, _ = by_hand(planned, seed)
             report = corrupt(broken, kind=cell.kind, seed=seed, layers=list(cell.layers))
@@ -337,6 +377,48 @@ def test_broken_is_the_fine_tuned_model_corrupted_and_not_trained_again(finished
             cosine = record["result"]["similarity"]["cosine"]
             first = cell.layers[0]  # hidden states below the first corrupted layer are untouched
             assert np.allclose(cosine[: first + 1], 1) and cosine[first + 1] < 1 - 1e-5
+
+
+def test_an_untrained_network_is_scored_and_compared_as_it_begins(finished):
+    planned, tables = finished
+    for cell in planned.plan("corruption"):
+        if cell.state != "untrained":
+            continue
+        data = planned.task(cell.task)
+        network = models.load_classifier(cell.model, data.num_labels, cell.seed, scratch=True)
+        record = planned.store.read("corruption", cell.key)
+        _, test = by_hand(planned, cell.seed)
+        assert evaluate(network, test, device="cpu") == record["result"]["scores"]
+        sample = planned.examples(cell).sample
+        assert record["result"]["similarity"]["stream"] == passing_stream(network, sample)
+        assert record["result"]["similarity"]["stream"][0] == pytest.approx(1)
+        assert "changed" not in record["result"]
+
+
+def test_the_intact_record_has_its_floors_and_what_was_loaded(finished):
+    for record in finished[0].store.records("baseline"):
+        result = record["result"]
+        for name in ("tfidf", "static"):  # one word of the text is its label
+            assert result["floors"][name]["scores"]["f1"] > 0.9
+            assert result["floors"][name]["weight"] in floors.GRID
+        assert len(result["stream"]) == 4 and result["passed_over"] == result["drawn"] == []
+        assert record["made"]["processor"].startswith(platform.machine())
+
+
+def test_a_mean_pooled_head_is_trained_broken_healed_and_kept(folder, tmp_path):
+    parameters = tiny_study(tmp_path / "run", folder / "model", folder / "task", head="mean")
+    planned = Study({**parameters, "seeds": 0, "epochs": 20.0, "learning_rate": 3e-3})
+    baseline, broken, recovery = (planned.run(stage) for stage in STAGES)
+    assert baseline["score"].min() > 0.9 and set(recovery["head"]) == {"mean"}
+    assert broken["score"].min() < baseline["score"].min()
+    (cell,) = planned.plan("baseline")
+    record = planned.store.read("baseline", cell.key)
+    assert record["determinants"]["head"] == "mean"
+    assert record["result"]["shortcut"] == "all tokens"
+    kept = planned.network(cell)  # from its file
+    assert evaluate(kept, planned.examples(cell).test, device="cpu") == record["result"]["scores"]
+    with pytest.raises(HealingError, match="has no pooler"):
+        planned.cell("broken", cell.model, cell.task, 0, "none", 0.0, "reinit", part="pooler")
 
 
 @pytest.mark.parametrize("kept", [study.KEPT_STATES, 0])
