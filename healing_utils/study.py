@@ -210,6 +210,8 @@ class Study:
                 f"task {name}: {what}, {size:,} training examples, "
                 f"{len(data.test):,} scored, metric {data.metric}"
             )
+        if p["head"] != "first":
+            lines.append(f"head: reads the {p['head']} over all tokens")
         if p["scans"]:
             from healing_utils import scans
 

@@ -15,6 +15,7 @@ from healing_utils import recipes, training
 from healing_utils.corruption import corrupt
 from healing_utils.encoders import encoder_layers, layer_parameters
 from healing_utils.errors import HealingError
+from healing_utils.models import MeanPooled
 from healing_utils.recipes import RECIPES, heal
 
 TOKENIZER = SimpleNamespace(mask_token_id=4, all_special_ids=[0, 1, 2, 3, 4])
@@ -45,8 +46,8 @@ def healed(recipe, family="bert", model=None, **changes):
 
 def changed(before, model):
     """Names of the parameters that differ, by whether they lie in a layer or where."""
-    after = dict(model.named_parameters())
-    return {name for name, p in before.items() if not torch.equal(p, after[name])}
+    after = dict(model.named_parameters())  # of dropped layers there is nothing left
+    return {n for n, p in before.items() if n in after and not torch.equal(p, after[n])}
 
 
 def snapshot(model):
@@ -93,6 +94,26 @@ def test_every_recipe_heals_every_family_or_refuses(family, recipe):
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
+def test_every_recipe_heals_under_a_mean_pooled_head(family, recipe):
+    if recipe == "low_rank":
+        pytest.importorskip("peft")
+
+    def pooled():
+        own = classifier(family)
+        return MeanPooled(own.base_model, own.config)
+
+    model = pooled()
+    corrupt(model, layers=BROKEN, seed=1)
+    before = snapshot(model)
+    model, found = healed(recipe, family, model, pristine=pooled, teacher=pooled())
+    assert found.training.shortcut != "first token"
+    assert {"classifier.weight", "classifier.bias"} <= changed(before, model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.isfinite(model.eval()(**tiny_batch()).logits).all()
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "xlnet", "modernbert"])
