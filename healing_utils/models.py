@@ -18,8 +18,8 @@ from healing_utils.encoders import layer_parameters, outer_parts
 from healing_utils.errors import HealingError, choose
 
 HEADS = ("first", "mean")
-# What is loaded of a model's folder; the index names the parts of weights that come in several.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# What is loaded of a model's folder; weights come in one file, or in parts with an index.
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
              "vocab.json", "merges.txt", "*.model")  # fmt: skip
 
@@ -67,10 +67,8 @@ def model_folder(model: str, revision: str | None = None) -> Path:
 
     with _explained(model):
         config = cached_file(place, "config.json", revision=revision)  # explains what is not there
-        wanted = ["config.json", "*.safetensors", WEIGHTS[1], *TOKENIZER]
-        snapshot_download(
-            place, revision=revision, allow_patterns=wanted, ignore_patterns="*/*",
-        )  # fmt: skip
+        wanted = ["config.json", *WEIGHTS, *TOKENIZER]
+        snapshot_download(place, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")
         return Path(config).parent
 
 
@@ -247,11 +245,18 @@ def _check_loaded(
             f"cannot load model {model!r}: its file does not hold the encoder that its "
             f"configuration describes: {shown}{more}"
         )
-    prefix = f"{classifier.base_model_prefix}."
-    layers = {id(p) for p in layer_parameters(classifier).values()}
-    inside = [n for i, n in parameters.items() if i in layers]
-    stack = inside[0].removeprefix(prefix).split(".0.")[0] + "."
-    beyond = sorted(n for n in said["unexpected_keys"] if n.removeprefix(prefix).startswith(stack))
+    prefix, there = f"{classifier.base_model_prefix}.", layer_parameters(classifier)
+    first = parameters[id(next(iter(there.values())))]
+    stack = first.removeprefix(prefix).split(".0.")[0] + "."
+    layers = {name.split(".")[1] for name in there}  # their numbers
+
+    def is_beyond(name: str) -> bool:
+        """Whether a tensor belongs to a layer that the configuration does not have."""
+        inside = name.removeprefix(prefix)
+        number = inside.removeprefix(stack).split(".")[0]
+        return inside.startswith(stack) and number.isdigit() and number not in layers
+
+    beyond = sorted(filter(is_beyond, said["unexpected_keys"]))
     if beyond:
         raise HealingError(
             f"cannot load model {model!r}: its file holds {beyond[0]}"
@@ -269,9 +274,10 @@ def identity(model: str, revision: str | None = None) -> str:
     """What determines the weights and the tokens: a hash of the content of the files that are
     loaded, wherever they lie and whatever the model is called."""
     folder, hashed = model_folder(model, revision), hashlib.sha256()
-    weights = [folder / WEIGHTS[0]]
+    whole, parts, index = WEIGHTS
+    weights = [folder / whole]
     if not weights[0].exists():
-        weights = sorted(folder.glob("*.safetensors")) + [folder / WEIGHTS[1]]
+        weights = [*sorted(folder.glob(parts)), folder / index]
     tokenizer = sorted(file for pattern in TOKENIZER for file in folder.glob(pattern))
     for file in [folder / "config.json", *weights, *tokenizer]:
         if file.is_file():

@@ -183,6 +183,23 @@ def test_a_hub_cache_whose_branch_moves_gives_another_identity(hub, tmp_path):
     assert not torch.equal(*(m.get_input_embeddings().weight for m in (first, second)))
 
 
+def test_weights_in_parts_are_hashed_and_loaded_whole(saved, tmp_path):
+    whole = models.load_classifier(str(saved), 2, 0)
+    whole.bert.save_pretrained(tmp_path, max_shard_size="20KB")
+    for file in saved.glob("token*"):
+        shutil.copy(file, tmp_path)
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 1
+    sharded = models.load_classifier(str(tmp_path), 2, 0)
+    for a, b in zip(whole.parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(a, b)
+    before = models.identity(str(tmp_path))
+    content = parts[1].read_bytes()
+    parts[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    models.forget()
+    assert models.identity(str(tmp_path)) != before
+
+
 def test_a_process_loads_what_it_has_hashed(hub, tmp_path):
     before = models.identity("owner/name")
     first = models.load_classifier("owner/name", 2, 0)
@@ -245,10 +262,12 @@ def test_an_encoder_that_is_not_whole_is_refused_by_name(copied, what):
 
 
 def test_what_stands_beside_the_encoder_is_passed_over_and_named(copied):
-    new = {"cls.predictions.bias": torch.zeros(3), "embeddings.position_ids": torch.arange(40)}
-    rewrite(copied, lambda t: t.update(new))
+    table = "encoder.layer.0.attention.self.rotary.inv_freq"  # a buffer that old files hold
+    new = {"cls.predictions.bias": torch.zeros(3), table: torch.zeros(4)}
+    rewrite(copied, lambda t: t.update({**new, "embeddings.position_ids": torch.arange(40)}))
     models.load_classifier(str(copied), 2, 0)
-    assert models.loaded(str(copied))["passed_over"] == ["cls.predictions.bias"]
+    passed = models.loaded(str(copied))["passed_over"]
+    assert [name.removeprefix("bert.") for name in passed] == sorted(new)
 
 
 def test_a_pooler_that_is_missing_is_drawn_from_the_seed_and_named(copied):
