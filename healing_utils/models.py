@@ -213,8 +213,13 @@ def _draw(classifier: nn.Module, modules: list[nn.Module]) -> None:
     for module in modules:
         for name, parameter in list(module.named_parameters(recurse=False)):
             # New parameters lack the mark by which transformers spares loaded ones.
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter)))
+            setattr(module, name, nn.Parameter(torch.full_like(parameter, torch.nan)))
         classifier._init_weights(module)
+        if any(parameter.isnan().any() for parameter in module.parameters(recurse=False)):
+            raise HealingError(
+                f"the initialiser of {type(classifier).__name__} leaves the weights of its "
+                f"{type(module).__name__} alone: its head cannot be drawn"
+            )
 
 
 def _in_encoder(classifier: nn.Module, name: str) -> bool:

@@ -298,6 +298,10 @@ class Study:
         settings = {k: v for k, v in settings.items() if v != p[k] and state != "broken"}
         p = p | settings
         config = models.load_config(model, p["model_revision"])
+        if "head" in settings and start != "pre-trained":
+            raise HealingError(
+                f"head {p['head']!r} cannot start from the fine-tuned model, which has another one"
+            )
         if part == "pooler" and p["head"] == "mean":
             raise HealingError("head 'mean' has no pooler: part 'pooler' cannot be corrupted")
         if part in OUTER_PARTS and recipe != "full":
@@ -630,7 +634,7 @@ class Study:
     def _floors(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
         p, data = self.settings(cell), self.task(cell.task)
         train, validation = data.draw(cell.seed, p["train_size"], p["validation_size"])
-        given = (train, validation, data.test, data.num_labels, data.metric)
+        given = (train, validation, data.test, data.num_labels)
         tokenizer = models.load_tokenizer(cell.model, p["model_revision"])
         table = model.get_input_embeddings().weight.detach().cpu().numpy()
         means = floors.static_means(tokenizer, table, p["max_length"])

@@ -39,7 +39,7 @@ def by_hand(parts, found, weight):
 @pytest.mark.parametrize("pairs", [False, True])
 def test_the_floor_of_words_is_scikit_learns(pairs):
     found = splits(pairs=pairs)
-    got = floors.tfidf(*found, 3, "f1")
+    got = floors.tfidf(*found, 3)
     vectorizer = TfidfVectorizer().fit(joined(found[0]))
     parts = [vectorizer.transform(joined(split)) for split in found]
     tried = {weight: by_hand(parts, found, weight) for weight in floors.GRID}
@@ -54,7 +54,7 @@ def test_the_floor_of_words_is_scikit_learns(pairs):
 def test_the_floor_of_embeddings_is_scikit_learns_on_their_means(pairs):
     found, tokenizer = splits(pairs=pairs), tiny_tokenizer()
     table = np.random.default_rng(0).standard_normal((len(tokenizer), 8)).astype(np.float32)
-    got = floors.static(*found, 3, "accuracy", floors.static_means(tokenizer, table, 16))
+    got = floors.static(*found, 3, floors.static_means(tokenizer, table, 16))
 
     def mean(text: str) -> np.ndarray:
         ids = [tokenizer.convert_tokens_to_ids(word) for word in text.split()]
@@ -72,20 +72,14 @@ def test_the_floor_of_embeddings_is_scikit_learns_on_their_means(pairs):
     model = LogisticRegression(C=got["weight"], max_iter=1000).fit(parts[0], found[0].labels)
     labels = found[2].labels
     assert got["scores"]["accuracy"] == accuracy_score(labels, model.predict(parts[2]))
-    held_out = [
-        accuracy_score(
-            found[1].labels,
-            LogisticRegression(C=w, max_iter=1000).fit(parts[0], found[0].labels).predict(parts[1]),
-        )
-        for w in floors.GRID
-    ]
-    assert got["held_out"] == max(held_out)
+    held_out = [by_hand(parts, found, weight)[0] for weight in floors.GRID]
+    assert got["held_out"] == pytest.approx(max(held_out))
     assert got["weight"] == floors.GRID[int(np.argmax(held_out))]
 
 
 def test_the_floor_of_a_regression_is_ridge_by_rank_correlation():
     found = [Split(s.texts, [y + 0.1 * i for i, y in enumerate(s.labels)]) for s in splits()]
-    got = floors.tfidf(*found, 1, "spearman")
+    got = floors.tfidf(*found, 1)
     vectorizer = TfidfVectorizer().fit(found[0].texts)
     parts = [vectorizer.transform(split.texts) for split in found]
     model = Ridge(alpha=1 / got["weight"]).fit(parts[0], found[0].labels)
@@ -95,8 +89,8 @@ def test_the_floor_of_a_regression_is_ridge_by_rank_correlation():
 
 def test_texts_without_words_and_draws_of_one_class_have_a_floor():
     empty = [Split(["!", "?", "!"], [0, 1, 0]), Split(["!"], [0]), Split(["?", "!"], [1, 0])]
-    assert floors.tfidf(*empty, 2, "f1")["scores"]["accuracy"] == 0.5
+    assert floors.tfidf(*empty, 2)["scores"]["accuracy"] == 0.5
     one = [Split(["a word", "two words"], [1, 1]), *empty[1:]]
-    assert floors.tfidf(*one, 2, "f1")["scores"]["accuracy"] == 0.5
+    assert floors.tfidf(*one, 2)["scores"]["accuracy"] == 0.5
     means = floors.static_means(tiny_tokenizer(), np.ones((60, 4), dtype=np.float32), 8)
     assert means(["", "good bad"]).tolist() == [[0] * 4, [1] * 4]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from helpers import save_tiny_bert
 from safetensors.torch import load_file, save_file
 
@@ -279,7 +279,7 @@ def test_a_pooler_that_is_missing_is_drawn_from_the_seed_and_named(copied):
     assert drawn == ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "xlnet", "mpnet"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_head_is_always_drawn_afresh(family, tmp_path):
     """RoBERTa's `classifier.dense` fits whatever the classes; a head of as many classes fits too.
     Both are drawn as if the checkpoint had none."""

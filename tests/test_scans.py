@@ -86,6 +86,9 @@ def test_a_scan_may_have_the_other_head(folder):
     assert {c.key in main for c in cells if not c.settings} == {True}
     assert {c.key in main for c in cells if c.settings} == {False}
     assert all(c.name.endswith("head mean seed 0") for c in cells if c.settings)
+    scans["pooled"] |= {"start": "fine-tuned", "levels": "1/3"}
+    with pytest.raises(HealingError, match="head 'mean' cannot start from the fine-tuned model"):
+        tiny(folder, "heads", scans=scans).plan("scans")
 
 
 def test_the_intact_models_of_a_probed_scan_are_kept_and_probed(folder, monkeypatch):
