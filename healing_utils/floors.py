@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 # Weights of the data against the penalty, the strongest penalty first: C of the logistic
 # regression, 1 / alpha of the ridge.
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
-
-
-def limited(threads: int) -> AbstractContextManager[Any]:
-    """The libraries under scikit-learn use so many threads: with others, sums round otherwise."""
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(threads)
 
 
 def tfidf(train: Split, validation: Split, test: Split, classes: int) -> dict[str, Any]:
@@ -92,6 +84,7 @@ def _features(texts: Sequence[Any], means: Callable[[Sequence[str]], np.ndarray]
 def _best(parts: Sequence[Any], splits: Sequence[Split], classes: int) -> dict[str, Any]:
     """Fit on the first part, choose on the second, score on the third. Chosen by macro-F1, or by
     rank correlation, whatever a study scores by: its metric is in no cell's key."""
+    from sklearn.dummy import DummyClassifier
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
 
@@ -103,7 +96,7 @@ def _best(parts: Sequence[Any], splits: Sequence[Split], classes: int) -> dict[s
         if regression:
             model = Ridge(alpha=1 / weight).fit(parts[0], labels[0])
         elif len(set(splits[0].labels)) == 1:  # a draw may hold one class alone
-            model = _Constant(splits[0].labels[0])
+            model = DummyClassifier().fit(parts[0], labels[0])
         else:
             with warnings.catch_warnings():  # as far as it came is a floor too
                 warnings.simplefilter("ignore", ConvergenceWarning)
@@ -115,16 +108,6 @@ def _best(parts: Sequence[Any], splits: Sequence[Split], classes: int) -> dict[s
         if not best or held_out[metric] > best["held_out"]:
             best = {"scores": scores, "weight": weight, "held_out": held_out[metric]}
     return best
-
-
-class _Constant:
-    """Answers the one class there is."""
-
-    def __init__(self, answer: float):
-        self.answer = answer
-
-    def predict(self, x: Any) -> np.ndarray:
-        return np.full(x.shape[0], self.answer)
 
 
 def _logits(said: np.ndarray, classes: int) -> np.ndarray:

@@ -197,13 +197,14 @@ def _load(
             pooled = MeanPooled(classifier.base_model, classifier.config)
             _draw(classifier, [pooled.classifier])
             return pooled, found
-        inside = {id(p) for n, p in classifier.named_parameters() if _in_encoder(classifier, n)}
-        names = {id(p): n for n, p in classifier.named_parameters()}
-        own = {module: list(module.parameters(recurse=False)) for module in classifier.modules()}
         new = [
-            module for module, parameters in own.items()
-            if any(id(p) not in inside or names[id(p)] in missing for p in parameters)
-        ]  # fmt: skip
+            module
+            for path, module in classifier.named_modules()
+            if any(
+                name in missing or not _in_encoder(classifier, name)
+                for name in (f"{path}.{own}" for own, _ in module.named_parameters(recurse=False))
+            )
+        ]
         _draw(classifier, new)
     return classifier, found
 

@@ -252,8 +252,6 @@ def first_token_layers(model: nn.Module, batch: dict[str, torch.Tensor]) -> Iter
                             found = name
                             break
                     _restore(modules)
-            if found == "nothing":
-                _restore(modules)
             model.train(training)
         yield found
     finally:

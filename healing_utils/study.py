@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from healing_utils import executors, floors, models, recipes, tasks
 from healing_utils.corruption import CorruptionReport, corrupt, parse_kind, spell_kind
@@ -638,7 +639,7 @@ class Study:
         tokenizer = models.load_tokenizer(cell.model, p["model_revision"])
         table = model.get_input_embeddings().weight.detach().cpu().numpy()
         means = floors.static_means(tokenizer, table, p["max_length"])
-        with floors.limited(p["threads"]):
+        with threadpool_limits(p["threads"]):  # with other threads, sums round otherwise
             return {"tfidf": floors.tfidf(*given), "static": floors.static(*given, means)}
 
     @cached_property
