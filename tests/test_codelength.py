@@ -66,7 +66,7 @@ def test_the_code_is_the_sum_over_blocks_by_hand(monkeypatch):
     (bits,) = online_codelength(x, labels)["codelength"]
     known = np.array([2 / 3, 1 / 3, 0])
     mixed = (3 * known + 1) / 6
-    wanted = 2 + 3 * np.log2(3) - np.log2(mixed[labels[3:]]).sum()
+    wanted = np.log2(len(codelength.PRECISIONS)) + 3 * np.log2(3) - np.log2(mixed[labels[3:]]).sum()
     assert bits == pytest.approx(wanted, abs=2e-2)  # the probe's tolerance
 
 
