@@ -46,7 +46,7 @@ $(VENV)/.cluster: $(READY) requirements-cluster.lock
 	@touch $@
 
 test-cluster: $(VENV)/.cluster  ## Run the tests on a Ray cluster of two nodes, all on this machine
-	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest tests/test_cluster.py $(ARGS)
+	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest tests/run/test_cluster.py $(ARGS)
 
 lab: $(READY)  ## Open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
@@ -66,7 +66,7 @@ $(VENV)/.neurox: $(READY)
 # With the memory settings that `healing run` gives its kernels; the peers get them too.
 bench: $(VENV)/.neurox  ## Measure training and probing against their peers; needs MiniLM and data
 	@export $$($(BIN)/python -c \
-	  'from healing_utils.runner import HUGE_PAGES as h; print(*map("=".join, h.items()))'); \
+	  'from healing_utils.run.runner import HUGE_PAGES as h; print(*map("=".join, h.items()))'); \
 	$(BIN)/python tests/benchmarks/throughput.py $(ARGS); \
 	$(BIN)/python tests/benchmarks/probing.py --neurox $(VENV)/neurox/bin/python
 
@@ -84,11 +84,11 @@ scaling: $(VENV)/.cluster  ## Measure one worker against two, as processes and o
 	@$(BIN)/python tests/benchmarks/scaling.py $(ARGS)
 
 colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
-	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/test_colab.py $(ARGS)
+	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/run/test_colab.py $(ARGS)
 
 badges: $(READY)  ## Write the repository's address into the notebooks: make badges REPO=owner/name
 	@test -n "$(REPO)" || { echo "which repository? make badges REPO=owner/name" >&2; exit 2; }
-	@$(BIN)/python -m healing_utils.notebooks "$(REPO)"
+	@$(BIN)/python -m healing_utils.run.notebooks "$(REPO)"
 
 lint: $(READY)  ## Check the style of modules and notebooks
 	@$(BIN)/ruff check .

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from healing_utils import runner
-from healing_utils.errors import HealingError
+from healing_utils.base.errors import HealingError
+from healing_utils.run import runner
 
 
 def parse_value(text: str) -> Any:
@@ -102,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # A cluster's or a container's polite stop is treated as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
-    from healing_utils import executors
+    from healing_utils.run import executors
 
     try:
         with _environment(executors.choice(arguments.executor, arguments.address, arguments.shard)):
@@ -137,9 +137,9 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
 def _plan(arguments: argparse.Namespace) -> int:
     overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
     name, target, parameters = runner.settle(arguments.profile, arguments.out, overrides)
-    from healing_utils import executors, plan
-    from healing_utils.parameters import read_parameters
-    from healing_utils.study import Study
+    from healing_utils.run import executors, plan
+    from healing_utils.study.parameters import read_parameters
+    from healing_utils.study.study import Study
 
     if (target / "parameters.json").exists():  # of another study: refused, as by `run`
         runner.keep_parameters(target, parameters, read_parameters)
@@ -154,7 +154,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _report(target: Path) -> int:
-    from healing_utils.page import write_page
+    from healing_utils.run.page import write_page
 
     print(write_page(target))
     return 0

@@ -12,7 +12,7 @@ import torch
 from families import VOCABULARY
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
 
-from healing_utils.training import Encoded
+from healing_utils.healing.training import Encoded
 
 CUES = ("good", "bad", "so-so")
 FILLERS = [f"w{i}" for i in range(40)]
@@ -136,7 +136,9 @@ def study_process(
     os.environ["HEALING_PROGRESS"] = "quiet"
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that the killed leave behind
     torch.set_num_threads(1)
-    from healing_utils import records, study, training
+    from healing_utils.base import records
+    from healing_utils.healing import training
+    from healing_utils.study import study
 
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -190,7 +192,7 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "healing_utils.study",
+            "healing_utils.study.study",
             "datasets.packaged_modules.csv.csv",
             "scipy.stats",
             "sklearn.metrics",

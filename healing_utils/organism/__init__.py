@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from healing_utils.errors import HealingError, choose
+from healing_utils.base.errors import HealingError, choose
 
 from .grammar import RAW, TOPICS, Sentence, Writer
 from .vocabulary import held_out, lemmas, lexicon, tokenizer

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from healing_utils.errors import HealingError
-from healing_utils.progress import Progress
+from healing_utils.base.errors import HealingError
+from healing_utils.base.progress import Progress
 
 from . import raw_text, tokenizer
 

@@ -69,7 +69,7 @@ def layer_parameters(model: Any) -> int:
 
 
 def sentences_of(length: int) -> Any:
-    from healing_utils.training import Encoded
+    from healing_utils.healing.training import Encoded
 
     rng = np.random.default_rng(0)
     ids = rng.integers(5, 3000, (BATCH * STEPS, length)).tolist()
@@ -89,7 +89,7 @@ def seconds_a_step(model: Any, train: Callable[[], Any]) -> dict[str, float]:
 
 def measure_training(layers: int, hidden: int, heads: int, length: int) -> dict[str, float]:
     """Seconds a step of `fine_tune`, float32."""
-    from healing_utils.training import fine_tune
+    from healing_utils.healing.training import fine_tune
 
     model, data = bert(layers, hidden, heads), sentences_of(length)
     train = functools.partial(
@@ -123,8 +123,8 @@ def measure_cells(seeds: int) -> dict[str, float]:
     has nothing left to compute. The records' contents are made up, of a usual size."""
     import yaml
 
-    from healing_utils.parameters import read_parameters
-    from healing_utils.study import STAGES, Study
+    from healing_utils.study.parameters import read_parameters
+    from healing_utils.study.study import STAGES, Study
 
     profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "quick.yaml").read_text())
     with tempfile.TemporaryDirectory() as run:
@@ -148,9 +148,9 @@ def measure_words(layers: int, hidden: int, heads: int, words: int) -> dict[str,
     """Store the activations of sentences of 20 words and probe every layer for a label that hangs
     on the word and its left neighbour. Extraction is timed as well on its own, and without a file.
     """
-    from healing_utils import models
-    from healing_utils.activations import extract_activations, stored_activations
-    from healing_utils.probes import fit_probes
+    from healing_utils.healing import models
+    from healing_utils.probing.activations import extract_activations, stored_activations
+    from healing_utils.probing.probes import fit_probes
 
     tokenizer = models.load_tokenizer("organism")
     vocabulary = sorted(w for w in tokenizer.get_vocab() if w.isalpha())
@@ -176,7 +176,7 @@ def measure_words(layers: int, hidden: int, heads: int, words: int) -> dict[str,
 
 def measure_neurons(layers: int, hidden: int, words: int) -> dict[str, float]:
     """Rank all neurons of so many words, whose labels hang on 20 of them, from a file."""
-    from healing_utils.neurons import rank_neurons
+    from healing_utils.probing.neurons import rank_neurons
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +216,7 @@ def draw(result: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    from healing_utils import figures
+    from healing_utils.report import figures
 
     def plain(value: float, _: Any = None) -> str:
         return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
@@ -269,7 +269,7 @@ def main() -> None:
     if not work.draw:
         import torch
 
-        from healing_utils.study import PACKAGES, version
+        from healing_utils.study.study import PACKAGES, version
 
         result: dict[str, Any] = {
             "threads": work.threads,

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from healing_utils.errors import HealingError
-from healing_utils.neurons import TOLERANCE
-from healing_utils.probes import Probes, fit_probes
+from healing_utils.base.errors import HealingError
+from healing_utils.probing.neurons import TOLERANCE
+from healing_utils.probing.probes import Probes, fit_probes
 
 HERE = Path(__file__).parent
 FILES = ("train", "test")
@@ -101,7 +101,7 @@ with open(f"{folder}/neurox_seconds.json", "w") as file:
 
 def read_corpus(counts: tuple[int, int]) -> dict[str, tuple[list[list[str]], list[list[str]]]]:
     """Words and chunk labels of the first sentences of both files, by part."""
-    from healing_utils.corpora import _nltk
+    from healing_utils.texts.corpora import _nltk
 
     conll2000, corpus = _nltk("conll2000"), {}
     for part, count in zip(FILES, counts, strict=True):
@@ -147,8 +147,8 @@ def run_ours(work: argparse.Namespace, corpus: dict) -> dict[str, Any]:
     """The same from this package: load the model, extract, fit, answer, and then rank."""
     from transformers import AutoModel, AutoTokenizer
 
-    from healing_utils.activations import extract_activations
-    from healing_utils.neurons import rank_neurons
+    from healing_utils.probing.activations import extract_activations
+    from healing_utils.probing.neurons import rank_neurons
 
     seconds, start = {}, time.perf_counter()
 
@@ -228,7 +228,7 @@ def run_saga(work: argparse.Namespace, x: np.ndarray, y: np.ndarray, probes: Pro
 def measure(work: argparse.Namespace) -> dict[str, Any]:
     from scipy.stats import spearmanr
 
-    from healing_utils.study import PACKAGES, version
+    from healing_utils.study.study import PACKAGES, version
 
     torch.set_num_threads(work.threads)
     corpus = read_corpus((work.train, work.test))
@@ -249,7 +249,7 @@ def measure(work: argparse.Namespace) -> dict[str, Any]:
     from throughput import matrix_rate
     from transformers import AutoModel, AutoTokenizer
 
-    from healing_utils.activations import align
+    from healing_utils.probing.activations import align
 
     tokenizer = AutoTokenizer.from_pretrained(work.model)
     tokens = sum(align(tokenizer, words).windows.tokens for words, _ in corpus.values())

@@ -33,9 +33,9 @@ def measure(way: str) -> dict[str, Any]:
     import yaml
     from helpers import contents
 
-    from healing_utils.parameters import read_parameters
-    from healing_utils.records import Store, digest
-    from healing_utils.study import Study
+    from healing_utils.base.records import Store, digest
+    from healing_utils.study.parameters import read_parameters
+    from healing_utils.study.study import Study
 
     os.environ |= {"HEALING_PROGRESS": "quiet", "HEALING_EXECUTOR": "workers"}
     profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "quick.yaml").read_text())

@@ -28,12 +28,10 @@ import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from healing_utils import models, statistics
-from healing_utils.errors import HealingError
-from healing_utils.plan import Shape
-from healing_utils.study import PACKAGES, version
-from healing_utils.tasks import TaskData, load_task
-from healing_utils.training import (
+from healing_utils.analysis import statistics
+from healing_utils.base.errors import HealingError
+from healing_utils.healing import models
+from healing_utils.healing.training import (
     Encoded,
     encode,
     evaluate,
@@ -42,6 +40,9 @@ from healing_utils.training import (
     pick_precision,
     position_limit,
 )
+from healing_utils.run.plan import Shape
+from healing_utils.study.study import PACKAGES, version
+from healing_utils.texts.tasks import TaskData, load_task
 
 HERE = Path(__file__).parent
 DEVICE = pick_device()

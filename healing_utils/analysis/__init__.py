@@ -1,0 +1,1 @@
+"""Records become tables, effects and verdicts; computes no cell."""

@@ -1,0 +1,1 @@
+"""Break an encoder and heal it: layers, corruption, recipes, the training loop."""

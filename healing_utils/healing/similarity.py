@@ -1,0 +1,82 @@
+"""How far a damaged encoder's representations are from the intact one's, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from healing_utils.healing.training import Encoded, collate
+
+
+@torch.inference_mode()
+def layer_states(model: nn.Module, data: Encoded) -> Iterator[torch.Tensor]:
+    """Hidden states of all real tokens of `data`, embeddings first: a batch at a time, each
+    (layers + 1, tokens, hidden)."""
+    device = next(model.parameters()).device
+    order = np.argsort(data.lengths, kind="stable")
+    model.eval()
+    for start in range(0, len(order), 32):
+        batch = collate(data, order[start : start + 32], device)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        yield torch.stack(model(**batch, output_hidden_states=True).hidden_states)[:, mask]
+
+
+@torch.inference_mode()
+def layer_similarity(
+    intact: nn.Module | Iterable[torch.Tensor], other: nn.Module, data: Encoded
+) -> dict[str, list[float]]:
+    """Similarity of the two models' hidden states over all real tokens of `data`; for `intact` may
+    stand what `layer_states` gives for it.
+
+    Returns ``cosine`` (mean over tokens), ``cka`` (linear centred kernel alignment, Kornblith et
+    al. 2019, section 3) and ``stream`` (`passing_stream` of `other`), each with one value a layer,
+    embeddings first: (layers + 1,). CKA is invariant to rotation and scale, so it tells a rotated
+    stream from a lost one; the cosine does not. Values that are not finite come out as NaN.
+    """
+    if isinstance(intact, nn.Module):
+        intact = layer_states(intact, data)
+    cosines: list[torch.Tensor] = []
+    streams: list[torch.Tensor] = []
+    crosses: list[dict[str, torch.Tensor]] = []
+    tokens = 0
+    for pair in zip(intact, layer_states(other, data), strict=True):
+        x, y = (p.double() for p in pair)
+        cosines.append(torch.cosine_similarity(x, y, dim=-1).sum(dim=1))
+        streams.append(_stream(y))
+        crosses.append(
+            {
+                "xy": x.mT @ y, "xx": x.mT @ x, "yy": y.mT @ y, "x": x.sum(1), "y": y.sum(1),
+            }
+        )  # fmt: skip
+        tokens += x.shape[1]
+    total = {name: sum(c[name] for c in crosses) for name in crosses[0]}
+
+    def centred(product: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Squared Frobenius norm of the centred cross product, (layers + 1,)."""
+        return (product - a[:, :, None] * b[:, None, :] / tokens).square().sum(dim=(1, 2))
+
+    hsic = centred(total["xy"], total["x"], total["y"])
+    norms = centred(total["xx"], total["x"], total["x"]) * centred(
+        total["yy"], total["y"], total["y"]
+    )
+    return {
+        "cosine": (sum(cosines) / tokens).tolist(),
+        "cka": (hsic / norms.sqrt()).tolist(),
+        "stream": (sum(streams) / tokens).tolist(),
+    }
+
+
+@torch.inference_mode()
+def passing_stream(model: nn.Module, data: Encoded) -> list[float]:
+    """How much of the embeddings' output still stands in every layer's: their cosine, the mean over
+    all real tokens of `data`, embeddings (1) first: (layers + 1,)."""
+    sums = [_stream(states.double()) for states in layer_states(model, data)]
+    return (sum(sums) / data.tokens).tolist()
+
+
+def _stream(states: torch.Tensor) -> torch.Tensor:
+    """Cosines with the first layer of `states` (layers + 1, tokens, hidden), summed over tokens."""
+    return torch.cosine_similarity(states, states[:1], dim=-1).sum(dim=1)

@@ -1,0 +1,1 @@
+"""What layers and neurons know: activations, probes, rankings."""

@@ -1,0 +1,1 @@
+"""Profiles run: cells in parallel, then the notebooks, then the page."""

@@ -1,0 +1,1 @@
+"""The study: parameters become cells, cells become records."""

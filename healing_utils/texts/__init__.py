@@ -1,0 +1,1 @@
+"""Texts with labels: tasks of sentences, corpora of labelled words."""

@@ -1,0 +1,110 @@
+"""What is shipped agrees with itself: the README with the tables, the tables with the records."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import papermill
+import pytest
+from helpers import save_tiny_bert, tiny_study, write_planted_task
+
+from healing_utils import load_results
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(path.name for path in (ROOT / "data" / "results").iterdir())
+README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\N{MINUS SIGN}", "-")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_readme_gives_the_effects_of_the_shipped_tables(name):
+    claims = pd.read_csv(ROOT / "data" / "results" / name / "tables" / "claims.csv")
+    shown = claims[claims["kind"].eq("reinit") & claims["claim"].str.match("A[123]|H")]
+    assert len(shown) >= 3
+    for row in shown.itertuples():
+        effect, low, high = (f"{100 * x:.1f}" for x in (row.effect, row.low, row.high))
+        assert f"{effect} [{low}, {high}]" in README, (name, row.claim)
+
+
+def intervals(folder: Path) -> set[tuple[float, float, float]]:
+    """Every mean with its interval in a study's tables, rounded as people read it: to hundredths
+    and, times 100, to tenths."""
+    found = set()
+    for path in (folder / "tables").glob("*.csv"):
+        table = pd.read_csv(path)
+        names = [(n.removesuffix("_low"), n, f"{n[:-4]}_high") for n in table if n.endswith("_low")]
+        if {"effect", "low", "high"} <= set(table):
+            names.append(("effect", "low", "high"))
+        for columns in names:
+            rows = table[list(columns)].dropna().drop_duplicates()
+            for row in rows.itertuples(index=False):
+                found.add(tuple(round(x, 2) + 0.0 for x in row))
+                found.add(tuple(round(100 * x, 1) + 0.0 for x in row))
+    return found
+
+
+def test_every_interval_among_the_findings_stands_in_a_shipped_table():
+    findings = README.split("### What came out")[1].split("## Run")[0]
+    said = re.findall(r"([-+]?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]", findings)
+    shipped = set().union(*(intervals(ROOT / "data" / "results" / name) for name in SHIPPED))
+    assert len(said) >= 10
+    # What is said in hundredths of a remaining gap has three digits: its table has them all.
+    lost = [
+        triple
+        for triple in said
+        if tuple(map(float, triple)) not in shipped and len(triple[0].split(".")[1]) < 3
+    ]
+    assert not lost
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_study_is_drawn_again_from_its_records(name, tmp_path):
+    folder = ROOT / "data" / "results" / name
+    run = tmp_path / name
+    shutil.copytree(folder, run, ignore=shutil.ignore_patterns("tables"))
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "05_analysis.ipynb", tmp_path / "out.ipynb", {"run": str(run)},
+        kernel_name="python3", progress_bar=False,
+    )  # fmt: skip
+    for path in sorted((folder / "tables").glob("*.csv")):
+        # Written with all digits, and read back by the same parser.
+        pd.testing.assert_frame_equal(
+            pd.read_csv(path), pd.read_csv(run / "tables" / path.name), rtol=1e-9
+        )
+    drawn = {path.name for path in (run / "figures").iterdir()}
+    assert drawn == {path.name for path in (ROOT / "figures" / name).iterdir()}
+
+
+def test_a_researcher_probes_a_model_and_a_treebank_of_her_own(tmp_path):
+    """04 alone, under papermill: no run before it, a CoNLL-U file with both kinds of line endings,
+    an empty sentence and a label that training lacks."""
+
+    def conllu(sentences: list[list[tuple[str, str]]], end: str) -> str:
+        rows = [
+            [f"{i}\t{word}\t_\t{tag}\t_\t_\t0\troot\t_\t_" for i, (word, tag) in enumerate(s, 1)]
+            for s in sentences
+        ]
+        return "".join(end.join([f"# sent_id = {n}", *r]) + end + end for n, r in enumerate(rows))
+
+    words = [[("blue", "ADJ"), ("stone", "NOUN"), ("river", "NOUN")], [("red", "ADJ")] * 2] * 20
+    train = conllu(words[:20], "\n") + "\n\n" + conllu(words[20:], "\r\n")
+    (tmp_path / "own-ud-train.conllu").write_bytes(train.encode())
+    test = conllu([*words[:6], [("river", "X")]], "\n")
+    (tmp_path / "own-ud-test.conllu").write_text(test)
+    parameters = tiny_study(
+        tmp_path / "run", save_tiny_bert(tmp_path / "model"), write_planted_task(tmp_path / "task"),
+        corpus=str(tmp_path / "own-ud-train.conllu"), column="upos", probe_train=None,
+        probe_test=None, probe_levels=["1/3"],
+    )  # fmt: skip
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "04_linguistics.ipynb", tmp_path / "out.ipynb", parameters,
+        kernel_name="python3", progress_bar=False,
+    )  # fmt: skip
+    table = load_results(tmp_path / "run", "probing")
+    pretrained = table[table.state == "pretrained"]
+    # 15 words of 6 sentences, and one whose label no probe can know.
+    assert pretrained.groupby("seed").accuracy.max().tolist() == pytest.approx([15 / 16] * 2)
+    printed = (tmp_path / "out.ipynb").read_text(encoding="utf-8")
+    assert "1 test words with labels unseen in training count as errors" in printed

@@ -1,0 +1,286 @@
+"""First aid: each recipe changes what it says, with the tokens that all recipes get."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import FAMILIES, LAYERS, tiny_batch
+from helpers import random_examples
+from test_training import QUIET, classifier
+
+from healing_utils.base.errors import HealingError
+from healing_utils.healing import recipes, training
+from healing_utils.healing.corruption import corrupt
+from healing_utils.healing.encoders import encoder_layers, layer_parameters
+from healing_utils.healing.models import MeanPooled
+from healing_utils.healing.recipes import RECIPES, heal
+
+TOKENIZER = SimpleNamespace(mask_token_id=4, all_special_ids=[0, 1, 2, 3, 4])
+BROKEN = (0, 1)
+
+
+def data(family="bert", count=24):
+    pad = (5, 0, "left") if family == "xlnet" else (0, 0, "right")
+    return random_examples(count, seed=3, pad=pad)
+
+
+def broken(family="bert", layers=BROKEN):
+    model = classifier(family)
+    corrupt(model, layers=layers, seed=1)
+    return model
+
+
+def healed(recipe, family="bert", model=None, **changes):
+    """The model healed, and what `heal` says."""
+    model = model or broken(family)
+    given = {
+        "layers": BROKEN, "train": data(family), "pristine": lambda: classifier(family),
+        "teacher": classifier(family), "tokenizer": TOKENIZER, "epochs": 2, "batch_size": 8,
+        "learning_rate": 1e-2, "weight_decay": 0.0, "evaluations": 1, **QUIET, **changes,
+    }  # fmt: skip
+    return model, heal(model, recipe, **given)
+
+
+def changed(before, model):
+    """Names of the parameters that differ, by whether they lie in a layer or where."""
+    after = dict(model.named_parameters())  # of dropped layers there is nothing left
+    return {n for n, p in before.items() if n in after and not torch.equal(p, after[n])}
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def of_layers(model, layers):
+    ours = {id(p): name for name, p in model.named_parameters()}
+    return {
+        ours[id(p)] for name, p in layer_parameters(model).items()
+        if int(name.split(".")[1]) in layers
+    }  # fmt: skip
+
+
+# Where a family cannot take a recipe, it says so.
+REFUSED = {
+    ("xlnet", "mlm_warm_up"): "has no masked language model beside it",
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_recipe_heals_every_family_or_refuses(family, recipe):
+    if recipe == "low_rank":
+        pytest.importorskip("peft")
+    model = broken(family)
+    if message := REFUSED.get((family, recipe)):
+        with pytest.raises(HealingError, match=message):
+            healed(recipe, family, model)
+        return
+    model, found = healed(recipe, family, model)
+    assert (found.recipe, found.parameters) == (recipe, found.parameters)
+    assert 0 < found.trained <= found.parameters
+    assert all(p.requires_grad for p in model.parameters())
+    assert len(encoder_layers(model)) == (LAYERS - len(BROKEN) if recipe == "drop" else LAYERS)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    logits = model.eval()(**tiny_batch()).logits
+    assert torch.isfinite(logits).all()
+    # The same tokens for all: 24 examples twice over, up to a step of a warm-up's rounding.
+    tokens = found.training.tokens + (found.warm_up.tokens if found.warm_up else 0)
+    whole = 2 * data(family).tokens
+    assert abs(tokens - whole) <= 8 * data(family).lengths.max()
+    again, _ = healed(recipe, family)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
+def test_every_recipe_heals_under_a_mean_pooled_head(family, recipe):
+    if recipe == "low_rank":
+        pytest.importorskip("peft")
+
+    def pooled():
+        own = classifier(family)
+        return MeanPooled(own.base_model, own.config)
+
+    model = pooled()
+    corrupt(model, layers=BROKEN, seed=1)
+    before = snapshot(model)
+    model, found = healed(recipe, family, model, pristine=pooled, teacher=pooled())
+    assert found.training.shortcut != "first token"
+    assert {"classifier.weight", "classifier.bias"} <= changed(before, model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.isfinite(model.eval()(**tiny_batch()).logits).all()
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "xlnet", "modernbert"])
+def test_what_is_frozen_stays_and_what_learns_moves(family):
+    def moved(recipe):
+        model = broken(family)
+        before = snapshot(model)
+        model, _ = healed(recipe, family, model)
+        return model, changed(before, model)
+
+    model, only = moved("corrupted_only")
+    sick, well = of_layers(model, BROKEN), of_layers(model, {2})
+    base = model.base_model_prefix
+    assert sick & only and not well & only
+    assert not {name for name in only if "embed" in name}
+    model, frozen = moved("corrupted_frozen")
+    assert not sick & frozen and well & frozen
+    assert any("embed" in name for name in frozen)
+    model, head = moved("head_only")
+    assert head and not head & of_layers(model, range(LAYERS))
+    assert all(not name.startswith(base + ".") or "pooler" in name for name in head)
+    model, light = moved("norms_and_biases")
+    inside = light & of_layers(model, range(LAYERS))
+    shapes = dict(model.named_parameters())
+    assert inside and all(shapes[n].dim() == 1 or n.endswith("bias") for n in inside)
+
+
+def test_each_layer_learns_at_a_fraction_of_the_next_ones_rate(monkeypatch):
+    seen = {}
+
+    def caught(model, *given, rates, **named):
+        seen.update(rates)
+        return training.fine_tune(model, *given, rates=rates, **named)
+
+    monkeypatch.setattr(recipes, "fine_tune", caught)
+    healed("layerwise_decay")
+    assert seen["bert.encoder.layer.2.output.dense.weight"] == pytest.approx(0.8)
+    assert seen["bert.encoder.layer.0.output.dense.bias"] == pytest.approx(0.8**3)
+    assert seen["bert.embeddings.word_embeddings.weight"] == pytest.approx(0.8**4)
+    assert not any(name.startswith(("classifier", "bert.pooler")) for name in seen)
+
+
+def test_a_rate_is_a_factor_of_the_learning_rate():
+    """AdamW's first step is the rate itself, whatever the gradient's size."""
+    start, name = classifier(), "bert.encoder.layer.0.output.dense.weight"
+    settings = dict(
+        epochs=1, batch_size=24, learning_rate=1e-2, weight_decay=0.0, warmup=0, **QUIET
+    )
+    steps = {}
+    for factor in (1.0, 0.25, 0.0):
+        model = copy.deepcopy(start)
+        training.fine_tune(model, data(), rates={name: factor}, **settings)
+        difference = dict(model.named_parameters())[name] - dict(start.named_parameters())[name]
+        steps[factor] = difference.abs().max().item()
+        other = model.classifier.weight - start.classifier.weight
+        assert other.abs().max().item() == pytest.approx(1e-2, rel=1e-3)
+    assert steps[1.0] == pytest.approx(1e-2, rel=1e-3)
+    assert steps[0.25] == pytest.approx(0.25e-2, rel=1e-3) and steps[0.0] == 0
+
+
+def test_a_matched_redraw_has_the_old_scale_and_new_values():
+    model = broken()
+    pristine = classifier()
+    healed("matched_redraw", model=model, learning_rate=1e-9)
+    for i in BROKEN:
+        ours = encoder_layers(model)[i].intermediate.dense.weight
+        theirs = encoder_layers(pristine)[i].intermediate.dense.weight
+        n = ours.numel()
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=5 / (2 * n) ** 0.5)
+        assert abs(torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1]) < 0.3
+
+
+def test_a_transplant_comes_from_the_nearest_healthy_layer_the_lower_of_two():
+    model = broken(layers=(1,))
+    kept = copy.deepcopy(encoder_layers(model)[0].state_dict())
+    healed("transplant", model=model, layers=(1,), learning_rate=1e-12)
+    got = encoder_layers(model)[1].state_dict()
+    assert all(torch.allclose(got[name], kept[name], atol=1e-9) for name in kept)
+
+
+def test_what_is_dropped_is_gone_and_the_rest_in_order():
+    model = broken(layers=(1,))
+    stack = encoder_layers(model)
+    kept = [stack[0], stack[2]]
+    healed("drop", model=model, layers="[1]")
+    assert encoder_layers(model) == kept and model.config.num_hidden_layers == 2
+
+
+def test_adapters_change_the_layers_by_matrices_of_low_rank():
+    pytest.importorskip("peft")
+    model = broken()
+    before = snapshot(model)
+    names = set(before)
+    healed("low_rank", model=model)
+    assert set(dict(model.named_parameters())) == names  # merged: no adapter is left
+    after = dict(model.named_parameters())
+    weight = "bert.encoder.layer.2.attention.self.query.weight"
+    difference = (after[weight] - before[weight]).detach()
+    assert difference.any() and torch.linalg.matrix_rank(difference, rtol=1e-3) <= recipes.RANK
+    assert torch.equal(after["bert.embeddings.word_embeddings.weight"],
+                       before["bert.embeddings.word_embeddings.weight"])  # fmt: skip
+    assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+
+
+def test_a_student_comes_closer_to_its_teachers_states():
+    teacher, student = classifier(), broken()
+
+    def distance():
+        with torch.no_grad():
+            states = [
+                m.eval()(**tiny_batch(8), output_hidden_states=True).hidden_states
+                for m in (student, teacher)
+            ]
+        return sum((a - b).square().mean().item() for a, b in zip(*states, strict=True))
+
+    before = distance()
+    patient = recipes.Patient(
+        student, BROKEN, data(count=64), 0,
+        {"epochs": 12, "batch_size": 8, "learning_rate": 3e-3, **QUIET}, teacher=teacher,
+    )  # fmt: skip
+    frozen = snapshot(teacher)
+    RECIPES["distillation"].prepare(patient)
+    assert distance() < 0.7 * before
+    assert not changed(frozen, teacher)
+    assert patient.settings["epochs"] == pytest.approx(8)
+
+
+def test_a_warm_up_learns_to_fill_in_what_is_masked():
+    """Each sentence repeats one piece: a mask is filled in from its neighbours."""
+    model = classifier()
+    rows = [[1, *[5 + i % 10] * 8, 2] for i in range(80)]
+    examples = training.Encoded(rows, None, data(count=80).labels, (0, 0, "right"))
+    patient = recipes.Patient(
+        model, BROKEN, examples, 0,
+        {"epochs": 60, "batch_size": 8, "learning_rate": 3e-3, **QUIET}, tokenizer=TOKENIZER,
+    )  # fmt: skip
+    table = model.get_input_embeddings().weight
+    RECIPES["mlm_warm_up"].prepare(patient)
+    losses = patient.warm_up.losses
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
+    assert model.get_input_embeddings().weight is table
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("ful", {}, "unknown recipe 'ful'.*Did you mean 'full'"),
+        ("full", {"layers": None}, "at least one"),
+        ("matched_redraw", {"pristine": None}, "'matched_redraw' needs pristine"),
+        ("distillation", {"teacher": None}, "'distillation' needs teacher"),
+        ("mlm_warm_up", {"tokenizer": None}, "'mlm_warm_up' needs tokenizer"),
+        ("mlm_warm_up", {"tokenizer": SimpleNamespace(mask_token_id=None)}, "no mask token"),
+        (
+            "transplant",
+            {"layers": range(LAYERS)},
+            "no healthy layer to transplant in place of layer 0",
+        ),
+        ("drop", {"layers": range(LAYERS)}, "nothing would be left"),
+    ],
+)
+def test_what_a_recipe_cannot_do_it_refuses_in_one_line(recipe, changes, message):
+    model = broken()
+    before = snapshot(model)
+    with pytest.raises(HealingError, match=message) as error:
+        healed(recipe, model=model, **changes)
+    assert "\n" not in str(error.value) and not changed(before, model)
+
+
+def test_every_recipe_says_what_it_does():
+    assert len(RECIPES) == 12 and all(recipe.summary for recipe in RECIPES.values())

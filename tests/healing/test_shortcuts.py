@@ -1,0 +1,409 @@
+"""Shortcuts of a training step: the same function and the same gradients, with less arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, tiny_config
+from helpers import random_examples
+from test_training import QUIET, classifier, identical, largest_difference, weights
+from transformers import BertForMaskedLM
+
+from healing_utils.healing import shortcuts, training
+from healing_utils.healing.encoders import encoder_layers
+from healing_utils.healing.shortcuts import (
+    LowWeights,
+    dropout,
+    first_token_layers,
+    own_memory,
+    quick_dropout,
+)
+from healing_utils.healing.training import collate, fine_tune
+
+SHORTENED = {"bert", "roberta", "electra", "distilbert", "mpnet"}
+
+
+def batch(family: str = "bert", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Five random examples of different lengths, padded."""
+    pad = (5, 0, "left") if family == "xlnet" else (0, 0, "right")
+    data = random_examples(5, seed=seed, pad=pad)
+    return collate(data, torch.arange(5).numpy(), torch.device("cpu"))
+
+
+# --- Dropout --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.1, 0.37, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(401, 999)
+    out = dropout(x, p)
+    share = (out == 0).double().mean().item()
+    # Five standard errors of a share over 400,599 values, and p's rounding to 2^-16.
+    assert abs(share - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+    kept = out[out != 0].unique()
+    assert len(kept) == 1 and abs(kept.item() * (1 - p) - 1) < 2**-15 / (1 - p)
+    # No pattern along the four values that share one 64-bit draw, nor from row to row.
+    zeros = (out == 0).double().flatten()[: 401 * 996]
+    lags = [((zeros - share) * (zeros.roll(k) - share)).mean().item() for k in (1, 2, 3, 4, 999)]
+    assert max(map(abs, lags)) < 5 * p * (1 - p) / zeros.numel() ** 0.5
+
+
+def test_dropout_repeats_from_a_seed_and_rests_in_evaluation():
+    x = torch.randn(7, 3)  # 21 values: not a multiple of the four that one draw gives
+    torch.manual_seed(5)
+    first = dropout(x, 0.5)
+    assert not torch.equal(first, dropout(x, 0.5))
+    torch.manual_seed(5)
+    assert torch.equal(first, dropout(x, 0.5))
+    assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0) is x
+    assert torch.equal(dropout(x, 0.99999) == 0, torch.ones(7, 3, dtype=torch.bool))
+
+
+def test_dropout_sends_gradients_where_values_went():
+    x = torch.randn(50, 8, requires_grad=True)
+    out = dropout(x, 0.3)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(gradient * x, out)
+
+
+def test_dropping_and_adding_in_one_pass_is_both_in_turn():
+    x = torch.randn(50, 8, requires_grad=True)
+    residual = torch.randn(50, 8, requires_grad=True)
+    torch.manual_seed(3)
+    want = residual + dropout(x, 0.3)
+    wanted = torch.autograd.grad(want.square().sum(), (residual, x))
+    torch.manual_seed(3)
+    got = shortcuts._add_dropped(residual, x, 0.3, training=True)
+    gradients = torch.autograd.grad(got.square().sum(), (residual, x))
+    # A product more or less is rounded: float32 keeps 24 bits of values around 1.
+    assert torch.allclose(got, want, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, wanted, strict=True))
+    assert torch.equal(shortcuts._add_dropped(residual, x, 0.3, training=False), residual + x)
+    # Under autocast the products are bfloat16 and the residual is not.
+    mixed = shortcuts._add_dropped(residual, x.bfloat16(), 0.3, training=True)
+    assert mixed.dtype == torch.float32
+
+
+def test_every_dropout_of_a_model_is_quick_inside_the_block_and_torchs_outside():
+    model = classifier(dropout=0.5)
+    modules = [m for m in model.modules() if type(m) is torch.nn.Dropout]
+    x = torch.ones(100)
+    model.train()
+    with quick_dropout(model):
+        torch.manual_seed(0)
+        inside = modules[0](x)
+        torch.manual_seed(0)
+        assert torch.equal(inside, dropout(x, 0.5))
+        model.eval()
+        assert modules[0](x) is x
+    model.train()
+    torch.manual_seed(0)
+    outside = modules[0](x)
+    torch.manual_seed(0)
+    assert torch.equal(outside, torch.nn.functional.dropout(x, 0.5))
+
+
+# --- Layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_the_whole_computation(family):
+    model = classifier(family)
+    if family == "mpnet":  # at its initial size the bias by distance would be lost in rounding
+        torch.nn.init.normal_(model.mpnet.encoder.relative_attention_bias.weight)
+    examples = batch(family)
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        logits = model(**examples).logits
+        logits.square().sum().backward()
+        return logits.detach(), {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+        }
+
+    logits, gradients = run()
+    with first_token_layers(model, batch(family, seed=1)) as used:
+        short_logits, short_gradients = run()
+    assert used == ("first token" if family in SHORTENED else "nothing")
+    assert torch.allclose(short_logits, logits, atol=1e-6)
+    # Float32 rounding; a gradient of a tiny model is around 0.01 to 1.
+    assert largest_difference(short_gradients, gradients) < 1e-5
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", sorted(SHORTENED))
+def test_training_gives_the_same_weights(family, monkeypatch):
+    data = random_examples(40, seed=3)
+    short, whole = classifier(family), classifier(family)
+    done = fine_tune(short, data, epochs=2, batch_size=8, learning_rate=1e-3, **QUIET)
+    monkeypatch.setattr(
+        training, "first_token_layers", lambda *_: contextlib.nullcontext("nothing")
+    )
+    fine_tune(whole, data, epochs=2, batch_size=8, learning_rate=1e-3, **QUIET)
+    assert done.shortcut == "first token"
+    before, after = weights(short), weights(whole)
+    # AdamW divides by the gradient's size: where the true gradient is zero, as for the key's bias,
+    # rounding decides its sign and the step is a full one. No output depends on those.
+    for name in list(before):
+        if any(bias in name for bias in ("key.bias", "k_lin.bias", "attn.k.bias")):
+            del before[name], after[name]
+    assert largest_difference(before, after) < 1e-4
+
+
+def test_attention_weights_that_do_not_sum_to_one_count_the_values_bias(monkeypatch):
+    """Under dropout they do not: here every second column is dropped, the others doubled."""
+
+    def every_second(x, p, training=True):
+        columns = torch.arange(x.shape[-1])
+        return x * (2.0 * (columns % 2 == 0)) if training else x
+
+    monkeypatch.setattr(shortcuts, "dropout", every_second)
+    # The other dropouts draw for more tokens in the one than in the other.
+    monkeypatch.setattr(shortcuts, "_add_dropped", lambda residual, x, *_: residual + x)
+    model = classifier("bert", dropout=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    (last,) = encoder_layers(model)[-1:]
+    layer = shortcuts._read(last)
+    x = torch.randn(4, 9, 16)
+    mask = torch.ones(4, 1, 9, 9, dtype=torch.bool)
+    mask[1, :, :, 5:] = False
+    whole = shortcuts._all_tokens(layer, x, mask, training=True)
+    first = shortcuts._first_token(layer, x, mask, training=True)
+    assert torch.allclose(first, whole[:, :1], atol=1e-5)
+    assert not torch.allclose(whole, shortcuts._all_tokens(layer, x, mask, training=False))
+
+
+def test_a_head_that_reads_every_token_gets_every_token():
+    model = classifier("bert")
+    pooler = model.bert.pooler
+    pooler.forward = lambda states: torch.tanh(pooler.dense(states.mean(1)))
+    examples = batch()
+    wanted = model(**examples).logits
+    with first_token_layers(model, examples) as used:
+        assert used == "all tokens"
+        assert torch.allclose(model(**examples).logits, wanted, atol=1e-6)
+
+
+def test_a_head_that_is_all_zero_tells_nothing_about_what_it_reads():
+    model = classifier("bert")
+    torch.nn.init.zeros_(model.classifier.weight)
+    with first_token_layers(model, batch()) as used:
+        assert used == "all tokens"
+
+
+def test_a_layer_that_only_looks_like_berts_is_left_alone():
+    model = classifier("bert")
+    layer = encoder_layers(model)[0]
+    original = type(layer).forward
+
+    class Louder(type(layer)):
+        def forward(self, *given, **named):
+            return 1.1 * original(self, *given, **named)
+
+    layer.__class__ = Louder
+    examples = batch()
+    wanted = model(**examples).logits
+    with first_token_layers(model, examples) as used:
+        assert used == "nothing"
+        assert torch.equal(model(**examples).logits, wanted)
+
+
+@pytest.mark.parametrize("config", ["RoFormerConfig", "RemBertConfig", "YosoConfig", "MraConfig"])
+def test_layers_that_cannot_take_a_shortcut_are_trained_without_it(config):
+    """They answer in tuples, and look like BERT's until they are computed."""
+    sizes = {
+        "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 64, "num_labels": 2,
+    }  # fmt: skip
+    made = getattr(transformers, config)(**sizes)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(made)
+    done = fine_tune(model, random_examples(16), epochs=1, batch_size=8, **QUIET)
+    assert done.steps == 2 and done.shortcut in ("nothing", "all tokens", "first token")
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_adapter_around_a_product_is_not_passed_over():
+    """It adds nothing at the start (Hu et al. 2021), so that comparing states cannot find it."""
+
+    class Adapted(torch.nn.Linear):
+        def __init__(self, plain: torch.nn.Linear):
+            super().__init__(plain.in_features, plain.out_features)
+            self.load_state_dict(plain.state_dict())
+            self.added = torch.nn.Parameter(torch.zeros(plain.out_features))
+
+        def forward(self, x):
+            return super().forward(x) + self.added
+
+    model = classifier("bert")
+    attention = encoder_layers(model)[0].attention.self
+    attention.query = Adapted(attention.query)
+    with first_token_layers(model, batch()) as used:
+        model(**batch()).logits.square().sum().backward()
+    assert used == "nothing" and attention.query.added.grad.any()
+
+
+def test_frozen_encoders_and_failures_leave_the_model_as_it_was():
+    frozen = classifier("bert")
+    for parameter in frozen.bert.parameters():
+        parameter.requires_grad_(False)
+    with first_token_layers(frozen, batch()) as used:
+        assert used == "all tokens"
+    model = copy.deepcopy(frozen)
+    with pytest.raises(KeyError), first_token_layers(model, batch()), quick_dropout(model):
+        raise KeyError
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+def gradients(model: torch.nn.Module, names: dict, mixed: bool = True) -> dict[str, torch.Tensor]:
+    """Gradients of the float32 parameters `names`, of a loss on one padded batch; then cleared."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        logits = model(**batch()).logits
+    logits.float().square().sum().backward()
+    return {n: p.grad.clone() for n, p in names.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+def test_low_weights_get_the_gradients_that_autocast_gives(family):
+    """The same products of the same bfloat16 values: equal to the last bit."""
+    model = classifier(family)
+    names = dict(model.named_parameters())
+    wanted = gradients(model, names)
+    model.zero_grad()
+    with LowWeights(model, torch.bfloat16) as low:
+        assert len(low.low) > 12 and {p.dtype for p in low.low.values()} == {torch.bfloat16}
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch()).logits
+        logits.float().square().sum().backward()
+        low.collect()
+    got = {n: p.grad for n, p in names.items() if p.grad is not None}
+    assert identical(got, wanted)
+
+
+@pytest.mark.parametrize("family", sorted(SHORTENED))
+def test_bfloat16_gradients_are_those_of_float32_up_to_rounding(family):
+    """bfloat16 keeps 8 bits, so a value is rounded by up to 1/256 of itself; a few dozen roundings
+    in turn, of random sign, are some hundredths of a gradient's size."""
+    model = classifier(family)
+    names = dict(model.named_parameters())
+    wanted = gradients(model, names, mixed=False)
+    model.zero_grad()
+    with first_token_layers(model, batch(seed=1)), LowWeights(model, torch.bfloat16) as low:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch()).logits
+        logits.float().square().sum().backward()
+        low.collect()
+    for name, want in wanted.items():
+        # The key's bias has no gradient but rounding's: softmax drops what it adds.
+        if want.norm() > 1e-4:
+            assert (names[name].grad - want).norm() < 0.05 * want.norm(), name
+
+
+def test_low_weights_add_up_in_float32_follow_the_optimizer_and_go():
+    model = classifier()
+    names, before = dict(model.named_parameters()), weights(model)
+    place = model.bert.pooler.dense
+    full = place.weight
+    with pytest.raises(KeyError), LowWeights(model, torch.bfloat16) as low:
+        for part in (1.0, 2.0**-10):  # their sum needs 11 bits
+            place.weight.grad = torch.full_like(place.weight, part)
+            low.collect()
+        assert torch.equal(full.grad, torch.full_like(full, 1 + 2.0**-10))
+        assert math.isclose(low.norm(), full.grad.norm(), rel_tol=1e-6)  # of no other: none had any
+        with torch.no_grad():
+            full.add_(1)
+        low.refresh()
+        assert torch.equal(place.weight, full.bfloat16())
+        with low.away():
+            assert place.weight is full
+        assert place.weight is not full
+        raise KeyError
+    assert dict(model.named_parameters()).keys() == names.keys()
+    assert all(p is names[name] for name, p in model.named_parameters())
+    full.data.sub_(1)
+    assert largest_difference(weights(model), before) < 1e-6
+
+
+def test_the_norm_of_low_gradients_forgets_those_of_an_earlier_step():
+    model = classifier()
+    first, second = model.bert.pooler.dense, model.classifier
+    with LowWeights(model, torch.bfloat16) as low:
+        for place in (first, second):
+            place.weight.grad = torch.ones_like(place.weight)
+            low.collect()
+            assert math.isclose(low.norm(), place.weight.numel() ** 0.5, rel_tol=1e-6)
+            low.clear()
+
+
+def test_a_group_of_the_optimizer_gets_one_block_which_moves_its_weights():
+    model = classifier()
+    names, before = dict(model.named_parameters()), weights(model)
+    decayed = [p for p in names.values() if p.ndim > 1]
+    groups = [{"params": decayed}, {"params": [p for p in names.values() if p.ndim == 1]}]
+    with LowWeights(model, torch.bfloat16, groups) as low:
+        assert [len(group["params"]) for group in groups] == [
+            1 + sum(p not in low.low for p in group)
+            for group in (decayed, set(names.values()) - set(decayed))
+        ]
+        optimizer = torch.optim.SGD(groups, lr=1.0)
+        for parameter in low.low.values():
+            parameter.grad = torch.ones_like(parameter)
+        low.collect()
+        optimizer.step()
+        low.refresh()
+        assert all(torch.equal(p, full.bfloat16()) for full, p in low.low.items())
+    assert model.state_dict().keys() == before.keys()
+    for name, parameter in names.items():
+        assert torch.equal(parameter, before[name] - float(parameter in low.low)), name
+    storages = [p.untyped_storage().data_ptr() for p in names.values()]
+    assert len(set(storages)) == len(storages)  # as files want them
+
+
+def test_owned_weights_are_copies_in_aligned_memory():
+    values = torch.arange(101.0)
+    parameter = torch.nn.Parameter(values[1:])  # four bytes off
+    module = torch.nn.Module()
+    module.one = module.other = parameter
+    own_memory([parameter])
+    with torch.no_grad():
+        module.one.add_(1)
+    assert torch.equal(module.other, torch.arange(1, 101.0) + 1)
+    assert torch.equal(values, torch.arange(101.0))
+    assert parameter.data_ptr() % 64 == 0 and module.one is module.other is parameter
+
+
+def test_tied_and_frozen_weights_stay_and_float32_takes_none():
+    tied = BertForMaskedLM(tiny_config("bert"))
+    table = tied.get_input_embeddings().weight
+    frozen = tied.bert.encoder.layer[0].intermediate.dense.weight.requires_grad_(False)
+    low = LowWeights(tied, torch.bfloat16)
+    assert low.low and table not in low.low and frozen not in low.low
+    assert not LowWeights(tied, None).low
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_trains_in_bfloat16_in_parts_and_scored_in_between(family):
+    pad = (
+        (5, 0, "left") if family == "xlnet" else (tiny_config(family).pad_token_id or 0, 0, "right")
+    )
+    data = random_examples(16, pad=pad)
+    settings = dict(epochs=2, batch_size=8, max_tokens=40, precision="bfloat16", **QUIET)
+    plain, scored = classifier(family), classifier(family)
+    fine_tune(plain, data, **settings)
+    done = fine_tune(scored, data, data, **settings)
+    assert len(done.curve) == 4 and {p.dtype for p in scored.parameters()} == {torch.float32}
+    assert identical(weights(plain), weights(scored))
+    assert not identical(weights(plain), weights(classifier(family)))

@@ -1,0 +1,705 @@
+"""The training loop: it learns what is planted, and its shortcuts change nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, tiny_config, tiny_model
+from helpers import CUES, planted_texts, random_examples, save_tiny_bert, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM
+
+from healing_utils.base.errors import HealingError
+from healing_utils.healing import training
+from healing_utils.healing.training import (
+    Encoded,
+    cut_embeddings,
+    encode,
+    evaluate,
+    fine_tune,
+    predict,
+)
+
+QUIET = {"device": "cpu", "progress": False}
+
+
+def classifier(family: str = "bert", dropout: float = 0.0, seed: int = 0, **settings: object):
+    """A tiny classifier of a family with all its dropouts at one rate."""
+    config = tiny_config(family)
+    for name in vars(config):
+        if "drop" in name and isinstance(getattr(config, name), float):
+            setattr(config, name, dropout)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# --- The loop as its definition says --------------------------------------------------------------
+
+
+def test_the_losses_are_those_of_a_plain_loop():
+    """Dropout off: torch's own AdamW, clipping and cross-entropy, the whole table of embeddings,
+    one step after the other on the same batches."""
+    data = random_examples(96, classes=3, seed=3)
+    model = classifier(num_labels=3)
+    plain = copy.deepcopy(model).train()
+    rate, warm, steps = 1e-2, 0.1, 24
+    done = fine_tune(
+        model, data, epochs=8, batch_size=32, learning_rate=rate, warmup=warm, seed=5, **QUIET
+    )
+    decays = {True: [], False: []}
+    for name, parameter in plain.named_parameters():
+        decays[parameter.ndim > 1 and not name.endswith("bias")].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": decays[True], "weight_decay": 0.01}, {"params": decays[False]}],
+        lr=rate, weight_decay=0.0, fused=False, foreach=False,
+    )  # fmt: skip
+    rng, losses = np.random.default_rng(5), []
+    for _ in range(8):
+        for rows in training._epoch(data.lengths, 32, rng):
+            step = len(losses)
+            rising, falling = (step + 1) / (warm * steps + 1), (steps - step) / (steps * (1 - warm))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (rising if step < warm * steps else falling)
+            batch = training.collate(data, rows, torch.device("cpu"))
+            labels = torch.from_numpy(data.labels[rows])
+            loss = torch.nn.functional.cross_entropy(plain(**batch).logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+    assert done.shortcut == "first token" and len(losses) == steps
+    # 1e-7 on one machine; a rate wrong by a thousandth or no decay is above the bound.
+    assert np.abs(np.subtract(done.losses, losses)).max() < 1e-4
+    assert np.ptp(losses) > 0.1  # they move by far more than that
+    assert largest_difference(weights(model), weights(plain)) < 1e-3
+
+
+# --- Learning -------------------------------------------------------------------------------------
+
+
+def test_a_planted_word_is_learnt_from_texts_by_a_model_loaded_from_disk(tmp_path):
+    folder = save_tiny_bert(tmp_path / "model", layers=2)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3, hidden_dropout_prob=0.0
+    )
+    texts, labels = planted_texts(120, classes=3, seed=1)
+    unseen, wanted = planted_texts(60, classes=3, seed=2)
+    # Columns and objects are both understood; the tokenizer is found beside the model.
+    before = evaluate(model, {"text": unseen, "label": wanted}, device="cpu")["accuracy"]
+    done = fine_tune(
+        model,
+        SimpleNamespace(texts=texts, labels=labels),
+        {"text": unseen, "label": wanted},
+        epochs=20,
+        batch_size=8,
+        learning_rate=3e-3,
+        evaluations=3,
+        **QUIET,
+    )
+    after = evaluate(model, {"text": unseen, "label": wanted}, device="cpu")
+    assert before < 0.7 and after["accuracy"] == after["f1"] == 1
+    assert done.steps == len(done.losses) == 20 * 15
+    assert done.losses[0] > 0.5 > 0.1 > done.losses[-1]
+    assert [row["step"] for row in done.curve] == [0, 33, 133, 300]
+    assert done.curve[0]["accuracy"] == before
+    assert done.curve[-1]["accuracy"] == 1
+    assert done.tokens == 20 * encode(tiny_tokenizer(), texts, labels).tokens
+    assert not model.training and done.precision == "float32" and done.device == "cpu"
+
+
+def test_pairs_are_learnt_through_token_types():
+    # The label is which of the two sentences holds the cue; the fillers are alike on both sides.
+    tokenizer = tiny_tokenizer()
+    rng = np.random.default_rng(0)
+
+    def draw(count):
+        labels = rng.integers(2, size=count)
+        filler = [f"w{i}" for i in rng.integers(40, size=count)]
+        pairs = [
+            (f"{word} good", word) if label else (word, f"{word} good")
+            for word, label in zip(filler, labels, strict=True)
+        ]
+        return encode(tokenizer, pairs, labels.tolist())
+
+    train, test = draw(120), draw(60)
+    assert train.types is not None and {t for row in train.types for t in row} == {0, 1}
+    model = classifier(vocab_size=48)
+    fine_tune(model, train, epochs=15, batch_size=8, learning_rate=3e-3, **QUIET)
+    assert evaluate(model, test, device="cpu")["accuracy"] > 0.95
+
+
+def test_regression_learns_a_planted_number():
+    model = classifier(num_labels=1)
+    rng = np.random.default_rng(0)
+    strength = rng.permutation(np.linspace(-1, 1, VOCABULARY - 5))
+    ids = rng.integers(5, VOCABULARY, size=200)
+    examples = Encoded(
+        [[2, int(i), 3] for i in ids], None, strength[ids - 5].astype(np.float32), (0, 0, "right")
+    )
+    fine_tune(model, examples, epochs=12, batch_size=8, learning_rate=3e-3, **QUIET)
+    scores = evaluate(model, examples, device="cpu")
+    assert set(scores) == {"spearman", "loss"}
+    assert scores["spearman"] > 0.95
+    logits = predict(model, examples, device="cpu")
+    assert scores["loss"] == pytest.approx(np.square(logits[:, 0] - examples.labels).mean(), 1e-5)
+
+
+# --- What is cut, split and padded changes nothing ------------------------------------------------
+
+
+def without_cut(monkeypatch):
+    import contextlib
+
+    @contextlib.contextmanager
+    def nothing(model, *data):
+        yield {"decay": 1.0}
+
+    monkeypatch.setattr(training, "cut_embeddings", nothing)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "xlnet", "modernbert"])
+def test_cut_embeddings_train_as_the_whole_table_does(family, monkeypatch):
+    """Used rows and all other weights agree to float32 rounding: the clipped norm sums the same
+    squares in another order, so a step differs by about 1e-7 of itself, and AdamW's division by
+    its second moment lets that grow over the steps, to less than 1e-5 here. Unused rows only
+    decay: once, in double precision, instead of at every step."""
+    data = random_examples(ids=(10, 30))  # 20 of the vocabulary's 60 ids occur
+    settings = dict(epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=0.5, **QUIET)
+    start = classifier(family)
+    cut, whole = copy.deepcopy(start), copy.deepcopy(start)
+    fine_tune(cut, data, **settings)
+    without_cut(monkeypatch)
+    fine_tune(whole, data, **settings)
+    table = start.get_input_embeddings().weight.detach()
+    got, want = weights(cut), weights(whole)
+    assert got.keys() == weights(start).keys()
+    assert largest_difference(got, want) < 1e-5
+    used = sorted({i for row in data.ids for i in row})
+    unused = [i for i in range(VOCABULARY) if i not in used and i != data.pad[0]]
+    got, want = (m.get_input_embeddings().weight.detach() for m in (cut, whole))
+    assert (got[unused] - want[unused]).abs().max() < 1e-6
+    # 9 steps of a decay of 0.5 at rates up to 1e-3: the rows shrank by some thousandths.
+    shrunk = (got[unused] / table[unused]).nanmean().item()
+    assert 0.995 < shrunk < 0.999
+    assert (got[used] - table[used]).abs().max() > 1e-4
+
+
+def test_cut_embeddings_are_the_same_function_and_come_back_after_an_error():
+    model, data = classifier("roberta"), random_examples(ids=(10, 30), pad=(1, 0, "right"))
+    full, before = model.get_input_embeddings(), weights(model)
+    want = predict(model, data, device="cpu")
+    with pytest.raises(KeyboardInterrupt), cut_embeddings(model, data):
+        inside = model.get_input_embeddings()
+        assert inside.weight.shape[0] == 21  # the ids 10 to 29, and padding
+        # RoBERTa counts positions from the full vocabulary's padding id: they must not move.
+        assert np.array_equal(predict(model, data, device="cpu"), want)
+        raise KeyboardInterrupt
+    assert model.get_input_embeddings() is full
+    assert identical(weights(model), before)
+
+
+def test_validation_ids_are_kept_and_other_ids_would_be_an_error():
+    model, data = classifier(), random_examples(ids=(10, 30))
+    other = random_examples(ids=(40, 50))
+    with cut_embeddings(model, data, other):
+        predict(model, other, device="cpu")
+    with cut_embeddings(model, data), pytest.raises((IndexError, RuntimeError)):
+        predict(model, other, device="cpu")
+
+
+def test_tied_and_frozen_embeddings_are_left_alone():
+    data = random_examples()
+    tied = BertForMaskedLM(tiny_config("bert"))
+    frozen = classifier()
+    frozen.get_input_embeddings().weight.requires_grad_(False)
+    for model in (tied, frozen):
+        full = model.get_input_embeddings()
+        with cut_embeddings(model, data):
+            assert model.get_input_embeddings() is full
+    before = frozen.get_input_embeddings().weight.clone()
+    fine_tune(frozen, data, epochs=1, learning_rate=1e-3, **QUIET)
+    assert torch.equal(frozen.get_input_embeddings().weight, before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_dividing_in_the_optimizer_is_clipping_the_gradients(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.LayerNorm(7))
+    parameters = list(model.parameters())
+    low = training.LowWeights(model, dtype)
+    assert len(low.gradients) == (0 if dtype is None else 2)  # the rest is normed as it lies
+    for scale in (0.01, 10.0):  # below the norm that is allowed, and above it
+        for p in parameters:
+            p.grad = low.gradients.get(p, torch.empty_like(p)).copy_(scale * torch.randn_like(p))
+        divisor = training._clip_divisor(parameters, low, 1.0)
+        divided = [p.grad / divisor for p in parameters]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        # torch adds 1e-6 to the norm that it divides by.
+        for p, want in zip(parameters, divided, strict=True):
+            assert torch.allclose(p.grad, want, rtol=1e-5)
+    assert divisor > 1
+
+
+@pytest.mark.parametrize("max_tokens", [16, 40])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(max_tokens, monkeypatch):
+    data = random_examples(count=16)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def keep(parameters, *_, **__):
+        seen.append([p.grad.clone() for p in parameters if p.grad is not None])
+        return torch.ones(())
+
+    monkeypatch.setattr(training, "_clip_divisor", keep)
+    sizes = []
+    collate = training.collate
+    monkeypatch.setattr(
+        training, "collate", lambda d, rows, dev: sizes.append(len(rows)) or collate(d, rows, dev)
+    )
+    for budget in (8192, max_tokens):
+        fine_tune(
+            classifier(), data, epochs=1, batch_size=16, max_tokens=budget,
+            weight_decay=0.0, **QUIET,
+        )  # fmt: skip
+    look, parts = sizes[0], sizes[3:]  # each training first looks at a few examples
+    assert look == sizes[2] == 3
+    assert sizes[1] == 16 and len(parts) > 2 and sum(parts) == 16
+    assert max(parts) <= max(1, max_tokens // data.lengths.min())
+    whole, parts = seen
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+    assert sum(g.abs().sum() for g in whole) > 0.1
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_padding_does_not_change_logits(family):
+    """One by one, without padding, a text has the logits that it has in a padded batch. XLNet,
+    whose head reads the last token, is padded on the left, as its tokenizer does."""
+    model, side = classifier(family), "left" if family == "xlnet" else "right"
+    pad = tiny_config(family).pad_token_id or 0
+    data = random_examples(count=10, pad=(pad, 0, side))
+    assert len(set(data.lengths)) > 3
+    batched = predict(model, data, device="cpu")
+    for i in range(len(data)):
+        row = Encoded([data.ids[i]], None, data.labels[[i]], data.pad)
+        alone = predict(model, row, device="cpu")
+        # Rounding only: other shapes take other paths through the matrix product.
+        assert np.allclose(alone[0], batched[i], atol=2e-6), family
+    assert batched.std(axis=0).min() > 1e-4  # there is something to tell apart
+
+
+def test_xlnet_needs_its_padding_on_the_left():
+    """The check above can fail: XLNet's head reads the last position."""
+    model, data = classifier("xlnet"), random_examples(count=10)
+    short = int(data.lengths.argmin())
+    row = Encoded([data.ids[short]], None, data.labels[[short]], data.pad)
+    alone, batched = (predict(model, d, device="cpu") for d in (row, data))
+    assert not np.allclose(alone[0], batched[short], atol=1e-4)
+
+
+def test_predictions_keep_the_order_of_the_data():
+    model, data = classifier(num_labels=3), random_examples(count=30, classes=3)
+    want = predict(model, data, device="cpu")
+    rows = np.random.default_rng(1).permutation(len(data))
+    moved = Encoded([data.ids[i] for i in rows], None, data.labels[rows], data.pad)
+    assert np.allclose(predict(model, moved, device="cpu"), want[rows], atol=2e-6)
+    assert np.allclose(predict(model, data, device="cpu", max_tokens=40), want, atol=2e-6)
+    assert want.shape == (30, 3) and want.dtype == np.float32
+
+
+# --- Out of memory --------------------------------------------------------------------------------
+
+
+def out_of_memory_above(monkeypatch, tokens: int, error=torch.OutOfMemoryError, after: int = 0):
+    """Fail where a batch of more than `tokens` tokens is computed, as a full device does: after the
+    forward pass, whose dropout has drawn its random numbers."""
+    calls = []
+    original = training._loss
+
+    def loss(logits, labels, regression):
+        calls.append(len(labels))
+        if calls[-1] * 12 > tokens and len(calls) > after:
+            raise error("planted: out of memory")
+        return original(logits, labels, regression)
+
+    monkeypatch.setattr(training, "_loss", loss)
+    return calls
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_out_of_memory_goes_on_as_if_begun_with_smaller_parts(dropout, monkeypatch):
+    # All texts have 12 tokens, so a batch of 16 has 192 and 50 tokens are 4 texts.
+    data = random_examples(count=48, lengths=(12, 13))
+    start = classifier(dropout=dropout)
+    settings = dict(epochs=2, batch_size=16, learning_rate=1e-3, seed=5, **QUIET)
+    small, halved = copy.deepcopy(start), copy.deepcopy(start)
+    fine_tune(small, data, max_tokens=50, **settings)
+    calls = out_of_memory_above(monkeypatch, 50)
+    done = fine_tune(halved, data, max_tokens=200, **settings)
+    assert calls[:6] == [16, 8, 4, 4, 4, 4]
+    assert done.max_tokens == 50 and done.steps == len(done.losses) == 6
+    assert identical(weights(small), weights(halved))
+
+
+def test_out_of_memory_of_a_single_text_and_other_failures_are_not_swallowed(monkeypatch):
+    data = random_examples(count=8, lengths=(12, 13))
+    with monkeypatch.context() as patch:
+        calls = out_of_memory_above(patch, 0)
+        with pytest.raises(torch.OutOfMemoryError):
+            fine_tune(classifier(), data, max_tokens=100, **QUIET)
+        assert calls[-1] == 1
+    with monkeypatch.context() as patch:
+        calls = out_of_memory_above(patch, 0, error=RuntimeError)
+        patch.setattr(training, "_is_out_of_memory", lambda error: "CUDA" in str(error))
+        with pytest.raises(RuntimeError, match="planted"):
+            fine_tune(classifier(), data, **QUIET)
+        assert len(calls) == 1
+
+
+def test_the_cpu_allocators_message_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert training._is_out_of_memory(caught.value)
+    assert not training._is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+# --- Repeatable -----------------------------------------------------------------------------------
+
+
+def test_the_same_seed_is_the_same_to_the_last_bit_and_another_is_not():
+    data, start = random_examples(), classifier(dropout=0.1)
+    trained = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed * 17 + len(trained))  # the caller's numbers play no part
+        np.random.seed(len(trained))
+        model = copy.deepcopy(start)
+        done = fine_tune(model, data, epochs=2, batch_size=8, seed=seed, **QUIET)
+        trained.append((weights(model), done.losses))
+    assert identical(trained[0][0], trained[1][0]) and trained[0][1] == trained[1][1]
+    assert not identical(trained[0][0], trained[2][0])
+
+
+def test_the_callers_random_numbers_are_untouched():
+    data = random_examples()
+    torch.manual_seed(11)
+    np.random.seed(11)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    fine_tune(classifier(dropout=0.1), data, data, epochs=1, **QUIET)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+
+
+def test_scoring_during_training_changes_no_weight():
+    data, start = random_examples(), classifier(dropout=0.1)
+    trained = []
+    for validation in (None, data):
+        model = copy.deepcopy(start)
+        fine_tune(model, data, validation, epochs=3, batch_size=8, evaluations=5, **QUIET)
+        trained.append(weights(model))
+    assert identical(*trained)
+
+
+def test_seeding_on_a_cpu_leaves_a_gpus_generator_alone(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("another device was seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", forbidden)
+    with training.seeded(3, torch.device("cpu")):
+        first = torch.rand(4)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3)
+        assert torch.equal(torch.rand(4), first)
+
+
+# --- Batches and rates ----------------------------------------------------------------------------
+
+
+def test_an_epoch_holds_every_example_once_and_little_padding():
+    lengths = np.random.default_rng(0).integers(3, 100, size=1003)
+    rng = np.random.default_rng(1)
+    first, second = (training._epoch(lengths, 16, rng) for _ in range(2))
+    for batches in (first, second):
+        assert sorted(np.concatenate(batches)) == list(range(1003))
+        assert len(batches) == math.ceil(1003 / 16)
+        padded = sum(len(b) * lengths[b].max() for b in batches)
+        assert padded < 1.06 * lengths.sum()  # unsorted batches of 16 pad to about 1.8
+    assert not all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    # Batches come in no order of length, or the model would see all short texts first.
+    longest = [lengths[b].max() for b in first]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 2), (1, 3), (1.4, 4), (0.01, 1)])
+def test_epochs_may_be_fractions(epochs, steps):
+    done = fine_tune(classifier(), random_examples(), epochs=epochs, batch_size=8, **QUIET)
+    assert done.steps == len(done.losses) == steps
+
+
+def test_the_rate_rises_then_falls_to_nearly_nothing(monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def noted(self, *args, **kwargs):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    fine_tune(
+        classifier(), random_examples(count=80), epochs=2, batch_size=8, learning_rate=1.0,
+        warmup=0.25, **QUIET,
+    )  # fmt: skip
+    rates = np.array(rates)
+    assert len(rates) == 20 and (rates[:, 0] == rates[:, 1]).all()
+    assert rates[:, 0].argmax() == 5 and rates[5, 0] == 1
+    assert np.allclose(rates[:5, 0], np.arange(1, 6) / 6)
+    assert np.allclose(rates[5:, 0], np.arange(15, 0, -1) / 15)
+
+
+def test_biases_and_normalisation_weights_do_not_decay():
+    for family in ("bert", "xlnet"):
+        model = classifier(family)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decays, spared = (
+            {names[id(p)] for p in group["params"]}
+            for group in training._parameter_groups(model, 0.1, {})
+        )
+        assert decays | spared == set(names.values()) and not decays & spared
+        assert all("bias" in n or "norm" in n.lower() for n in spared)
+        assert not any("bias" in n.rsplit(".")[-1] or "norm" in n.lower() for n in decays)
+
+
+# --- Failures that are named ----------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_rate():
+    data = random_examples()
+    model = classifier()
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(HealingError, match=r"loss is nan at step 1 of 3 .*learning rate 0\.25"):
+        fine_tune(model, data, epochs=1, batch_size=8, learning_rate=0.25, **QUIET)
+
+
+def test_the_first_step_of_the_divergence_is_named(monkeypatch):
+    original, calls = training._loss, []
+
+    def loss(logits, labels, regression):
+        calls.append(0)
+        return original(logits, labels, regression) * (float("nan") if len(calls) >= 7 else 1)
+
+    monkeypatch.setattr(training, "_loss", loss)
+    with pytest.raises(HealingError, match="at step 7 of 24"):
+        fine_tune(classifier(), random_examples(), epochs=8, batch_size=8, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0: must be above 0"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"warmup": 2}, "warmup is 2: must be a fraction"),
+        ({"precision": "bf16"}, "unknown precision 'bf16'.*Did you mean 'bfloat16'"),
+        ({"device": "gpu"}, "device 'gpu'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(HealingError, match=message):
+        fine_tune(classifier(), random_examples(), **{**QUIET, **settings})
+
+
+def test_data_that_cannot_be_trained_on_is_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(HealingError, match="cannot train on list"):
+        fine_tune(classifier(), ["good", "bad"], tokenizer=tokenizer, **QUIET)
+    with pytest.raises(HealingError, match="2 texts and 1 labels"):
+        encode(tokenizer, ["good", "bad"], [1])
+    with pytest.raises(HealingError, match="0 texts and 0 labels"):
+        encode(tokenizer, [], [])
+    long = encode(tokenizer, ["good " * 60, "bad"], [1, 0])
+    for use in (fine_tune, evaluate):
+        with pytest.raises(HealingError, match="62 tokens, but .* reads 40 at most: lower max_l"):
+            use(classifier(), long)
+    tokenizer.pad_token = None
+    with pytest.raises(HealingError, match="no padding token"):
+        encode(tokenizer, ["good"], [1])
+
+
+# --- Precision and devices ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [((7, 5), "float16"), ((7, 0), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")],
+)
+def test_auto_takes_bfloat16_only_where_the_gpu_computes_it(capability, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert training.pick_precision("auto", torch.device("cuda")) == precision
+    assert training.pick_precision("auto", torch.device("cpu")) == "float32"
+    assert training.pick_precision("float32", torch.device("cuda")) == "float32"
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert training.pick_device(None) == torch.device("cpu")
+    with pytest.raises(HealingError, match="'cuda'.*no GPU"):
+        training.pick_device("cuda")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_learns_and_keeps_float32_weights(precision):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=64)
+    data = Encoded([[2, 10 + int(y), 3] for y in labels], None, labels, (0, 0, "right"))
+    model = classifier()
+    done = fine_tune(
+        model, data, epochs=6, batch_size=8, learning_rate=5e-3, precision=precision, **QUIET
+    )
+    assert done.precision == precision
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert evaluate(model, data, device="cpu")["accuracy"] == 1
+
+
+def test_rows_that_are_away_do_not_decay_in_steps_that_were_skipped(monkeypatch):
+    """float16 overflows at the first, too large loss scales: the optimizer skips those steps."""
+    data = random_examples(ids=(10, 30))
+    start = classifier()
+    settings = dict(epochs=4, batch_size=8, learning_rate=1e-3, weight_decay=0.5, **QUIET)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**28, **k)
+    )
+    cut, whole = copy.deepcopy(start), copy.deepcopy(start)
+    done = fine_tune(cut, data, precision="float16", **settings)
+    without_cut(monkeypatch)
+    fine_tune(whole, data, precision="float16", **settings)
+    assert 0 < done.skipped_steps < done.steps
+    unused = [i for i in range(1, VOCABULARY) if not 10 <= i < 30]
+    got, want = (m.get_input_embeddings().weight.detach()[unused] for m in (cut, whole))
+    assert (got - want).abs().max() < 1e-6
+    assert (got - start.get_input_embeddings().weight.detach()[unused]).abs().max() > 1e-6
+
+
+# --- Tokens ---------------------------------------------------------------------------------------
+
+
+def test_cut_texts_are_counted_exactly():
+    tokenizer = tiny_tokenizer()
+    # With [CLS] and [SEP], six words are exactly eight tokens.
+    texts = [" ".join(["w1"] * n) for n in (1, 5, 6, 7, 8, 30)]
+    data = encode(tokenizer, texts, [0] * 6, max_length=8)
+    assert data.truncated == 3 and data.lengths.tolist() == [3, 7, 8, 8, 8, 8]
+    assert all(row[0] == 2 and row[-1] == 3 for row in data.ids)
+    pairs = [("w1 w2", "w3"), ("w1 w2 w3", "w4 w5"), ("w1 w2 w3", "w4 w5 w6")]
+    data = encode(tokenizer, pairs, [0] * 3, max_length=8)  # three special tokens
+    assert data.truncated == 1 and data.lengths.tolist() == [6, 8, 8]
+    tokenizer.model_max_length = 5  # what the model can take comes first
+    assert encode(tokenizer, texts, [0] * 6, max_length=8).lengths.max() == 5
+
+
+def test_token_types_are_dropped_only_where_they_are_all_zero():
+    tokenizer = tiny_tokenizer()
+    assert encode(tokenizer, ["good", "bad w1"], [1, 0]).types is None
+    pairs = encode(tokenizer, [("good", "bad w1"), ("w2", "w3")], [1, 0])
+    assert pairs.types == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
+    batch = training.collate(pairs, np.array([0, 1]), torch.device("cpu"))
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
+    assert "attention_mask" not in training.collate(pairs, np.array([0]), torch.device("cpu"))
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_scikit_learn_and_scipy():
+    from scipy.stats import spearmanr
+    from sklearn import metrics
+
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(80, 4)).astype(np.float32), rng.integers(4, size=80)
+    got, answers = training.score(logits, labels), logits.argmax(1)
+    assert got == {
+        "f1": metrics.f1_score(labels, answers, average="macro"),
+        "accuracy": (labels == answers).mean(),
+        "matthews": metrics.matthews_corrcoef(labels, answers),
+    }
+    targets = rng.normal(size=80).astype(np.float32)
+    got = training.score(logits[:, :1], targets)
+    assert got == {"spearman": pytest.approx(spearmanr(logits[:, 0], targets).statistic)}
+
+
+def test_chance_is_the_majority_label():
+    labels = np.array([0] * 6 + [1] * 3 + [2])
+    got = training.majority_scores(labels)
+    assert got["accuracy"] == 0.6 and got["matthews"] == 0
+    assert got["f1"] == pytest.approx(0.75 / 3)
+    assert training.majority_scores(labels.astype(np.float32)) == {"spearman": 0.0}
+
+
+def test_a_model_that_gives_no_numbers_is_scored_and_says_so():
+    model, data = classifier(), random_examples()
+    with torch.no_grad():
+        model.classifier.bias[1] = float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = evaluate(model, data, device="cpu")
+    assert scores["not_finite"] == 1
+    assert scores["accuracy"] == (data.labels == 0).mean()  # NaN is never the answer
+    constant = classifier(num_labels=1)
+    with torch.no_grad():
+        constant.classifier.weight.zero_()
+    numbers = Encoded(data.ids, None, data.labels.astype(np.float32), data.pad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluate(constant, numbers, device="cpu")["spearman"] == 0
+
+
+# --- Families -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_trains(family):
+    config = tiny_config(family)
+    side = "left" if family == "xlnet" else "right"
+    data = random_examples(count=16, pad=(config.pad_token_id or 0, 0, side))
+    model = tiny_model(family, "classification")
+    before = weights(model)
+    done = fine_tune(model, data, data, epochs=1, batch_size=8, learning_rate=1e-3, **QUIET)
+    assert done.steps == 2 and all(map(math.isfinite, done.losses))
+    after = weights(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    still = {name for name in before if name not in moved}
+    # XLNet's mask embedding is for its two-stream pre-training, and without token types it does not
+    # ask for segments: none of these has a gradient.
+    # The key's bias adds the same to all logits of a query: for one token it is left out.
+    keys = ("2.attention.self.key.bias", "2.attention.k_lin.bias", "2.attention.attn.k.bias")
+    assert all(name.endswith(("mask_emb", "seg_embed", "r_s_bias", *keys)) for name in still)
+    assert {name for name in still if not name.endswith(keys)} == set() or family == "xlnet"
+    assert all(torch.isfinite(value).all() for value in after.values())
+
+
+def test_three_classes_are_named_by_the_cues():
+    """The helper plants what it says."""
+    texts, labels = planted_texts(30, classes=3)
+    assert [CUES.index(next(w for w in t.split() if w in CUES)) for t in texts] == labels

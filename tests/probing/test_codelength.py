@@ -1,0 +1,93 @@
+"""The online code: as short as the entropy where labels are noise, far shorter where planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from healing_utils.base.errors import HealingError
+from healing_utils.probing import codelength
+from healing_utils.probing.codelength import FRACTIONS, block_ends, online_codelength
+
+
+def words(count: int = 3000, features: int = 30, seed: int = 0):
+    """Activations of two layers, noise and class means, labels of four classes, sentences."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(4, size=count, p=[0.4, 0.3, 0.2, 0.1])
+    x = rng.standard_normal((2, count, features)).astype(np.float32)
+    x[1] += 3 * np.random.default_rng(1000).standard_normal((4, features))[labels]
+    groups = np.repeat(np.arange(count // 10), 10)
+    return x, labels, groups
+
+
+def entropy(labels: np.ndarray) -> float:
+    """Bits of all labels, at their own frequencies."""
+    share = np.bincount(labels) / len(labels)
+    return float(-len(labels) * (share * np.log2(share)).sum())
+
+
+def test_random_labels_take_their_entropy_and_planted_ones_far_less():
+    x, labels, groups = words()
+    found = online_codelength(x, labels, groups).set_index("layer")
+    least = entropy(labels)
+    assert found["uniform"].tolist() == [2.0 * len(labels)] * 2
+    # No code is shorter than the entropy in the mean; learning the frequencies and saying which
+    # prior was taken costs some bits, and so does what the probes make of noise.
+    assert 0.99 * least < found.loc[0, "codelength"] < 1.03 * least
+    assert found.loc[1, "codelength"] < 0.1 * least
+    # Noise is read with the strongest prior there is.
+    assert found.loc[0, "precision"] == max(codelength.PRECISIONS)
+
+
+def test_labels_that_take_longer_to_learn_have_the_longer_code():
+    """As well read in the end, by accuracy, but from more directions: more words to learn them."""
+    x, labels, groups = words()
+    easy = online_codelength(x[1:], labels, groups)["codelength"][0]
+    noisy = x[1:] + 4 * np.random.default_rng(2).standard_normal(x[1:].shape)
+    assert online_codelength(noisy, labels, groups)["codelength"][0] > 2 * easy
+
+
+def test_blocks_are_the_papers_fractions_in_whole_sentences():
+    groups = np.repeat(np.arange(400), 10)
+    ends = block_ends(groups)
+    assert ends[-1] == len(groups) and ends == sorted(set(ends))
+    assert all(end % 10 == 0 for end in ends)
+    wanted = [f * len(groups) for f in FRACTIONS]
+    assert all(any(0 <= end - w < 10 for end in ends) for w in wanted)
+    assert block_ends(np.arange(2)) == [1, 2]
+
+
+def test_the_code_is_the_sum_over_blocks_by_hand(monkeypatch):
+    """Three words, then three: the second block by the frequencies alone, where x says nothing."""
+    monkeypatch.setattr(codelength, "FRACTIONS", (0.5, 1.0))
+    x = np.zeros((1, 6, 2), dtype=np.float32)  # constant: no weight
+    labels = np.array([0, 0, 1, 0, 0, 2])
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Unshuffled())
+    (bits,) = online_codelength(x, labels)["codelength"]
+    known = np.array([2 / 3, 1 / 3, 0])
+    mixed = (3 * known + 1) / 6
+    wanted = np.log2(len(codelength.PRECISIONS)) + 3 * np.log2(3) - np.log2(mixed[labels[3:]]).sum()
+    assert bits == pytest.approx(wanted, abs=2e-2)  # the probe's tolerance
+
+
+class Unshuffled:
+    def permutation(self, values):
+        return values
+
+
+def test_a_class_that_comes_late_costs_finitely_many_bits():
+    labels = np.array([0] * 50 + [1] * 49 + [2])
+    x = np.random.default_rng(0).standard_normal((1, 100, 5)).astype(np.float32)
+    for seed in range(5):
+        assert np.isfinite(online_codelength(x, labels, seed=seed)["codelength"]).all()
+
+
+def test_the_seed_orders_the_sentences_and_repeats():
+    x, labels, groups = words(500)
+    one, again, other = (online_codelength(x, labels, groups, seed=s) for s in (0, 0, 1))
+    assert one.equals(again) and not one.equals(other)
+
+
+def test_labels_of_one_class_are_refused():
+    with pytest.raises(HealingError, match="every label is 3: a code needs two classes"):
+        online_codelength(np.zeros((1, 4, 2)), [3, 3, 3, 3])

@@ -1,0 +1,615 @@
+"""Neurons: the one that was planted is the one found, and ablating it is what breaks the task."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, LAYERS, WIDTH, tiny_batch, tiny_config, tiny_model
+from helpers import random_examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.stats import norm
+
+from healing_utils.base.errors import HealingError
+from healing_utils.healing import training
+from healing_utils.healing.encoders import encoder_layers
+from healing_utils.probing import neurons as module
+from healing_utils.probing.neurons import (
+    METHODS,
+    ablate,
+    ablation_scores,
+    accuracy_curve,
+    center_of_mass,
+    minimal_neurons,
+    rank_neurons,
+    rank_weights,
+    ranking_agreement,
+)
+
+DEPTH, HIDDEN = 4, 6
+EVERYTHING = [(layer, index) for layer in range(DEPTH) for index in range(HIDDEN)]
+
+
+def planted(neurons: list[tuple[int, int]], words: int = 600, seed: int = 0):
+    """Noise in which each of `neurons` carries one bit of the label, and nothing else any of it.
+
+    Gives activations (layers, words, hidden) and labels (words,) of 2 ** len(neurons) classes.
+    Layers differ in scale and offset, so that a ranking by raw size would go astray.
+    """
+    rng = np.random.default_rng(seed)
+    activations = rng.normal(size=(DEPTH, words, HIDDEN)).astype(np.float32)
+    bits = rng.integers(2, size=(words, len(neurons)))
+    for bit, (layer, index) in zip(bits.T, neurons, strict=True):
+        activations[layer, :, index] = 4.0 * bit + 0.3 * activations[layer, :, index]
+    scale = 10.0 ** np.arange(-1, DEPTH - 1)[:, None, None]
+    labels = np.array(["".join(map(str, row)) for row in bits])
+    return ((activations + 2) * scale).astype(np.float32), labels
+
+
+# --- Ranking --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("neuron", [(0, 2), (3, 0), (2, 5)])
+def test_a_planted_neuron_is_ranked_first_and_every_neuron_once(method, neuron):
+    ranking = rank_neurons(*planted([neuron]), method=method)
+    assert ranking[0] == neuron
+    assert sorted(ranking) == EVERYTHING
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_planted_set_comes_before_all_others_whatever_the_order_of_the_words(method):
+    carriers = [(1, 4), (0, 0), (3, 3)]
+    activations, labels = planted(carriers)
+    ranking = rank_neurons(activations, labels, method=method)
+    assert set(ranking[:3]) == set(carriers)
+    assert rank_neurons(activations, labels, method=method) == ranking
+    order = np.random.default_rng(1).permutation(len(labels))
+    shuffled = rank_neurons(activations[:, order], labels[order], method=method)
+    assert set(shuffled[:3]) == set(carriers)
+    half = rank_neurons(activations.astype(np.float16), labels, method=method)
+    assert set(half[:3]) == set(carriers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_classes_are_called_and_in_which_order_plays_no_part(method):
+    activations, labels = planted([(1, 4), (2, 0)])
+    renamed = np.array([{"00": 7, "01": 3, "10": 5, "11": 1}[label] for label in labels])
+    ranking = rank_neurons(activations, labels, method=method)
+    again = rank_neurons(activations, renamed, method=method, classes=[1, 3, 5, 7, 9])
+    assert set(ranking[:2]) == set(again[:2]) == {(1, 4), (2, 0)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_neuron_that_never_changes_is_not_ranked_above_one_that_tells_something(method):
+    activations, labels = planted([(1, 4), (2, 0)])
+    activations[1, :, 0] = 0.1  # no float: its mean over the words is not exactly itself
+    activations[2, :, 1] = 0
+    ranking = rank_neurons(activations, labels, method=method)
+    assert set(ranking[:2]) == {(1, 4), (2, 0)}
+    if method != "lca":  # there they are among all those with weight zero
+        assert ranking[-2:] == [(1, 0), (2, 1)]
+
+
+def test_gaussian_sees_a_difference_in_variance_that_probeless_does_not():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=2000)
+    activations = rng.normal(size=(2, 2000, 5))
+    activations[1, :, 3] *= 1 + 2 * labels
+    activations[1, :, 3] -= activations[1, :, 3].mean()
+    for label in (0, 1):
+        activations[1, labels == label, 3] -= activations[1, labels == label, 3].mean()
+    assert rank_neurons(activations, labels, method="gaussian")[0] == (1, 3)
+    assert rank_neurons(activations, labels, method="probeless")[-1] == (1, 3)
+
+
+def test_scores_are_those_of_their_definitions():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(90, 4)) + 3, rng.integers(3, size=90)
+    x = x + 0.5 * y[:, None] * rng.normal(size=4)
+    sigma = x.std(axis=0)
+    means = [x[y == c].mean(axis=0) for c in range(3)]
+    pairs = sum(abs(means[a] - means[b]) for a, b in [(0, 1), (0, 2), (1, 2)])
+    assert np.allclose(module._probeless(x, y), pairs / sigma)
+    shares = np.bincount(y) / 90
+    variances = [((y == c).sum() * x[y == c].var(axis=0) + sigma**2) for c in range(3)]
+    widths = [np.sqrt(v / ((y == c).sum() + 1)) for c, v in enumerate(variances)]
+    densities = np.stack([shares[c] * norm.pdf(x, means[c], widths[c]) for c in range(3)])
+    posterior = densities[y, np.arange(90)] / densities.sum(axis=0)
+    wanted = (np.log(posterior) - np.log(shares[y])[:, None]).mean(axis=0)
+    assert np.allclose(module._gaussian(x, y), wanted, atol=1e-5)
+
+
+def test_a_class_of_one_word_is_not_read_as_certainty_and_no_neuron_tells_more_than_there_is():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(500, 40)), rng.integers(2, size=500)
+    y[:20] = np.arange(2, 22)
+    x[:, 0] += 50 * (y == 1)
+    x[:, 1] = np.where(y == 0, 1e-3, 1e3) * x[:, 1]  # outliers, which a density would fall for
+    scores = module._gaussian(x, y)
+    shares = np.bincount(y) / 500
+    assert scores.max() < -(shares * np.log(shares)).sum()
+    assert scores.argmax() == 0 and scores[2:].max() < 0.1
+
+
+# --- The sweep over weight mass -------------------------------------------------------------------
+
+
+def test_the_sweep_on_a_small_matrix_worked_by_hand():
+    weight = np.array(
+        [
+            # Mass 10: features 0, 1, 2, 3 enter at 0, 0.5, 0.8, 0.95.
+            [5.0, -3.0, 1.5, 0.5, 0.0, 0.0],
+            # Mass 20: feature 4 enters at 0; 1 and 3 are equal and enter together, at 0.8.
+            [0.0, 2.0, 0.0, -2.0, 16.0, 0.0],
+        ]
+    )
+    # At 0 feature 4 holds the larger share of its class (0.8 against 0.5); at 0.5 comes feature 1;
+    # at 0.8 feature 2 (0.15 of its class) and then feature 3 (0.1); feature 5 is zero.
+    assert rank_weights(weight).tolist() == [4, 0, 1, 2, 3, 5]
+    # The sign does not matter, nor the order or the scale of the classes.
+    assert rank_weights(-weight[::-1] * [[2.0], [0.25]]).tolist() == [4, 0, 1, 2, 3, 5]
+
+
+def test_a_class_without_weight_has_no_say_and_equal_weights_fall_by_position():
+    weight = np.array([[0.0, 1, 1, 2, 1], [0, 0, 0, 0, 0]])
+    assert rank_weights(weight).tolist() == [3, 1, 2, 4, 0]
+
+
+def test_weights_that_are_all_zero_are_in_an_order_that_the_seed_alone_decides():
+    zero = np.zeros((3, 50))
+    first = rank_weights(zero, seed=4).tolist()
+    assert sorted(first) == list(range(50)) and first != list(range(50))
+    assert rank_weights(zero, seed=4).tolist() == first != rank_weights(zero, seed=5).tolist()
+    some = zero.copy()
+    some[1, [30, 7]] = 1.0, 2.0
+    assert rank_weights(some, seed=4).tolist() == [7, 30, *(i for i in first if i not in (7, 30))]
+
+
+# Whole numbers: sums are exact, so that ties are ties.
+matrices = hnp.arrays(
+    np.float64,
+    st.tuples(st.integers(1, 4), st.integers(1, 6)),
+    elements=st.integers(-4, 4).map(float),
+)
+
+
+@given(matrices, st.integers(0, 3))
+@settings(deadline=None, max_examples=40)
+def test_the_sweep_is_the_limit_of_small_steps(weight, seed):
+    order = rank_weights(weight, seed=seed).tolist()
+    assert sorted(order) == list(range(weight.shape[1]))
+    mass = np.abs(weight)
+    place = {feature: i for i, feature in enumerate(order)}
+    zero = {f for f in range(weight.shape[1]) if not mass[:, f].any()}
+    assert set(order[len(order) - len(zero) :]) == zero
+    seen: set[int] = set()
+    # Two shares of masses of at most 24 are 1/24² apart or equal: a step of 1/640 tells them apart.
+    # No share is itself on a step, whose denominator would be a multiple of 256.
+    for p in (np.arange(640) + 0.5) / 640:
+        top = set()
+        for own in mass[mass.any(axis=1)]:
+            for value in sorted(set(own[own > 0]), reverse=True):
+                if own[own > value].sum() <= p * own.sum():
+                    top |= set(np.flatnonzero(own == value).tolist())
+        new = top - seen
+        if new:
+            assert max(place[f] for f in new) == len(seen | new) - 1, "entered in the wrong order"
+            shares = {f: max(own[f] / own.sum() for own in mass[mass.any(axis=1)]) for f in new}
+            expected = sorted(new, key=lambda f: (-shares[f], f))
+            assert [f for f in order if f in new] == expected
+            seen |= new
+    assert seen == set(order) - zero
+
+
+@given(matrices, st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=60)
+def test_classes_in_another_order_give_the_same_ranking(weight, random):
+    rows = list(range(len(weight)))
+    random.shuffle(rows)
+    assert rank_weights(weight).tolist() == rank_weights(weight[rows]).tolist()
+
+
+# --- Agreement ------------------------------------------------------------------------------------
+
+
+def test_agreement_is_one_with_itself_minus_one_with_its_reverse_and_chance_with_another():
+    rng = np.random.default_rng(0)
+    ranking = [(layer, index) for layer in range(20) for index in range(100)]
+    other = [ranking[i] for i in rng.permutation(len(ranking))]
+    table = ranking_agreement(
+        {"a": ranking, "same": list(ranking), "back": ranking[::-1], "other": other},
+        sizes=(10, 1000, 5000),
+    ).set_index(["first", "second"])
+    assert list(table.columns) == ["spearman", "overlap_10", "overlap_1000"]
+    assert table.loc[("a", "same")].tolist() == pytest.approx([1, 1, 1])
+    assert table.loc[("a", "back")].tolist() == pytest.approx([-1, 0, 0])
+    assert abs(table.loc[("a", "other"), "spearman"]) < 0.08
+    assert table.loc[("a", "other"), "overlap_1000"] == pytest.approx(0.5, abs=0.06)
+
+
+def test_agreement_refuses_rankings_of_other_neurons():
+    with pytest.raises(HealingError, match="'b' does not hold"):
+        ranking_agreement({"a": [(0, 0), (0, 1)], "b": [(0, 0), (0, 0)]})
+    with pytest.raises(HealingError, match="at least two"):
+        ranking_agreement({"a": [(0, 0), (0, 1)]})
+
+
+# --- Minimal sets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_planted_set_without_redundancy_is_exactly_the_minimal_set(method):
+    carriers = [(1, 4), (2, 0), (2, 3)]
+    train, test = planted(carriers), planted(carriers, seed=1)
+    found = minimal_neurons(*train, *test, method=method, groups=np.arange(600) // 10)
+    assert set(found.neurons) == set(carriers) and found.k == 3
+    assert found.neurons == found.ranking[:3] and sorted(found.ranking) == EVERYTHING
+    assert found.by_layer == [0, 1, 2, 0]
+    assert center_of_mass(found.by_layer) == pytest.approx(5 / 9)
+    assert min(found.dev_full, found.dev_minimal, found.test_full, found.test_minimal) > 0.98
+    tried = dict(found.searched)
+    assert tried[3] >= found.dev_full - found.delta > tried[2]
+    assert found == minimal_neurons(*train, *test, method=method, groups=np.arange(600) // 10)
+
+
+def test_a_planted_layer_dominates_the_histogram():
+    carriers = [(3, 0), (3, 2), (3, 5), (1, 1)]
+    found = minimal_neurons(*planted(carriers, 900), *planted(carriers, 300, seed=1))
+    assert found.by_layer == [0, 1, 0, 3]
+
+
+def test_without_signal_the_minimal_set_is_empty_and_has_no_centre():
+    activations, _ = planted([])
+    labels = np.random.default_rng(5).choice(["a", "b"], p=[0.9, 0.1], size=600)
+    found = minimal_neurons(activations, labels, activations, labels, l1=0.05)
+    assert (found.k, found.neurons, found.by_layer) == (0, [], [0] * DEPTH)
+    assert found.test_minimal == pytest.approx(np.mean(labels == "a"))
+    assert math.isnan(center_of_mass(found.by_layer))
+
+
+def test_groups_stay_whole_and_the_dev_split_never_trains():
+    groups = np.random.default_rng(0).integers(20, size=200)
+    inner, dev = module._hold_out(groups, 0.2, seed=3)
+    assert not set(groups[inner]) & set(groups[dev])
+    assert sorted([*inner, *dev]) == list(range(200)) and len(set(groups[dev])) == 4
+    assert not np.array_equal(dev, module._hold_out(groups, 0.2, seed=4)[1])
+    # A neuron that gives the sentence away: what it says of the label does not carry over.
+    rng = np.random.default_rng(1)
+    sentence = np.arange(400) // 10
+    labels = rng.integers(2, size=40)[sentence]
+    activations = np.zeros((2, 400, 40), dtype=np.float32)
+    activations[1] = np.eye(40)[sentence]
+    told = minimal_neurons(activations, labels, activations, labels, l1=3e-3)
+    kept = minimal_neurons(activations, labels, activations, labels, l1=3e-3, groups=sentence)
+    assert told.dev_full > 0.95 and kept.dev_full < 0.8
+
+
+@given(
+    st.lists(st.integers(0, 20), min_size=len(EVERYTHING), max_size=len(EVERYTHING)),
+    st.sampled_from([0.0, 0.1, 0.25]),
+)
+@settings(deadline=None, max_examples=25)
+def test_the_search_keeps_its_word_where_accuracy_does_not_rise_with_k(counts, delta):
+    # With all neurons the probe is a real one and makes no error; below that, what is drawn.
+    accuracies = np.array([*counts, 20]) / 20
+    activations, labels = planted([(1, 4)], words=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_accuracy", lambda *given: float(accuracies[len(given[4])]))
+        found = minimal_neurons(
+            activations, labels, activations, labels, delta=delta, method="probeless"
+        )
+    goal = 1 - delta - 1e-9
+    assert found.dev_full == 1
+    grid = [0, 1, 2, 4, 8, 16, 24]
+    assert accuracies[found.k] >= goal and found.dev_minimal == accuracies[found.k]
+    assert all(accuracies[k] < goal for k in grid if k < found.k)
+    assert found.k == 0 or accuracies[found.k - 1] < goal
+    assert len(dict(found.searched)) == len(found.searched)
+
+
+@pytest.mark.parametrize("enough", range(len(EVERYTHING) + 1))
+def test_the_search_finds_every_size_where_accuracy_rises_with_k(enough, monkeypatch):
+    monkeypatch.setattr(module, "_accuracy", lambda *given: 0.7 + 0.3 * (len(given[4]) >= enough))
+    activations, labels = planted([(1, 4)], words=40)
+    found = minimal_neurons(activations, labels, activations, labels, method="probeless")
+    assert (found.k, len(found.neurons), sum(found.by_layer)) == (enough, enough, enough)
+
+
+def test_a_label_that_only_the_test_words_have_counts_as_an_error():
+    train, (activations, labels) = planted([(1, 4)]), planted([(1, 4)], seed=1)
+    labels = labels.astype("U5")
+    labels[:300] = "never"
+    found = minimal_neurons(*train, activations, labels)
+    assert found.test_full == pytest.approx(0.5, abs=0.01)
+
+
+# --- Curves ---------------------------------------------------------------------------------------
+
+
+def test_the_curve_rises_at_the_top_first_and_the_bottom_last():
+    carriers = [(1, 4), (2, 0), (3, 3)]
+    train, test = planted(carriers), planted(carriers, seed=1)
+    ranking = rank_neurons(*train)
+    table = accuracy_curve(*train, *test, ranking, [0, 1, 3, 20, 24], seed=0)
+    assert list(table.columns) == ["k", "which", "accuracy"] and len(table) == 15
+    at = table.set_index(["k", "which"])["accuracy"]
+    assert at[3, "top"] > 0.98 and 0.15 < at[1, "top"] < 0.4
+    # The last 20 of 24 lack three carriers and one more.
+    assert at[20, "bottom"] < 0.25
+    assert at[24, "top"] == at[24, "random"] == at[24, "bottom"] > 0.98
+    majority = np.mean(test[1] == max(set(train[1]), key=list(train[1]).count))
+    assert at[0, "top"] == at[0, "random"] == at[0, "bottom"] == pytest.approx(majority)
+
+
+def test_random_neurons_hang_on_the_seed_and_not_on_the_ranking():
+    def random(ranking, seed):
+        return [n for _, which, n in module._picks(ranking, [3, 10], seed) if which == "random"]
+
+    few, many = random(EVERYTHING, 0)
+    assert set(few) < set(many) and len(set(many)) == 10
+    assert random(EVERYTHING[::-1], 0) == [few, many] != random(EVERYTHING, 1)
+
+
+def test_center_of_mass_is_a_share_of_the_depth():
+    assert center_of_mass([5, 0, 0]) == 0 and center_of_mass([0, 0, 2]) == 1
+    assert center_of_mass([1, 1, 1, 1, 1]) == 0.5 and center_of_mass([3, 0, 1]) == 0.25
+    assert math.isnan(center_of_mass([0, 0])) and math.isnan(center_of_mass([4]))
+    with pytest.raises(HealingError, match="count of neurons"):
+        center_of_mass([1, -1])
+
+
+# --- Ablation -------------------------------------------------------------------------------------
+
+UNITS = [2, 3, 11]
+
+
+@torch.no_grad()
+def forward(model, batch):
+    out = model(**batch, output_hidden_states=True)
+    return [h.clone() for h in out.hidden_states], out[0]
+
+
+def hooks(model):
+    return [
+        list(table)
+        for part in model.modules()
+        for table in (part._forward_pre_hooks, part._forward_hooks)
+    ]
+
+
+@pytest.mark.parametrize("head", ["none", "classification"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_ablation_changes_the_named_units_of_one_hidden_state_and_nothing_else(family, head):
+    batch = tiny_batch()
+    values = np.random.default_rng(0).normal(size=(LAYERS + 1, WIDTH)).astype(np.float32)
+    others = [i for i in range(WIDTH) if i not in UNITS]
+    model = tiny_model(family, head)
+    whole, answer = forward(model, batch)
+    before = hooks(model)
+    for layer in range(LAYERS + 1):
+        # Never called before: transformers adds its own recording hooks in the first call.
+        fresh = tiny_model(family, head)
+        with ablate(fresh, [(layer, unit) for unit in UNITS]):
+            first = forward(fresh, batch)
+        for chosen in (None, values):
+            wanted = torch.zeros(len(UNITS)) if chosen is None else chosen[layer][UNITS]
+            with ablate(model, [(layer, unit) for unit in UNITS], chosen):
+                got, changed = forward(model, batch)
+            assert len(got) == LAYERS + 1
+            for below in range(layer):
+                assert torch.equal(got[below], whole[below])
+            assert torch.equal(got[layer][..., others], whole[layer][..., others])
+            assert torch.equal(
+                got[layer][..., UNITS], torch.as_tensor(wanted).expand(2, 7, len(UNITS))
+            )
+            for above in range(layer + 1, LAYERS + 1):
+                assert not torch.allclose(got[above], whole[above], atol=1e-4)
+            assert not torch.allclose(changed, answer, atol=1e-6)
+            if chosen is None:
+                assert torch.equal(first[1], changed)
+                assert all(torch.equal(a, b) for a, b in zip(first[0], got, strict=True))
+        assert hooks(model) == before
+        again, same = forward(model, batch)
+        assert torch.equal(same, answer)
+        assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_a_layer_takes_in_is_ablated_whether_or_not_anyone_records_it(family):
+    model = tiny_model(family, "classification")
+    named = [(layer, layer + 4) for layer in range(LAYERS + 1)]
+    taken: list[torch.Tensor] = []
+    recorders = [
+        layer.register_forward_pre_hook(lambda _, args: taken.append(args[0].clone()))
+        for layer in encoder_layers(model)
+    ]
+    with ablate(model, named):
+        for recorder in recorders:  # behind the ablation's own hooks
+            recorder.remove()
+        recorders = [
+            layer.register_forward_pre_hook(lambda _, args: taken.append(args[0].clone()))
+            for layer in encoder_layers(model)
+        ]
+        with torch.no_grad():
+            recorded, answer = forward(model, tiny_batch())
+            plain = model(**tiny_batch()).logits
+    assert torch.equal(plain, answer)
+    assert len(taken) == 2 * LAYERS
+    for layer, state in enumerate(taken):
+        assert not state[..., layer % LAYERS + 4].any() and state.any()
+    for layer, unit in named:
+        assert not recorded[layer][..., unit].any()
+
+
+def test_a_head_that_begins_with_a_norm_sees_the_last_state_ablated():
+    class Headed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = tiny_model("bert")
+            self.config = self.base_model.config
+            self.norm = torch.nn.LayerNorm(WIDTH)
+
+        def forward(self, **batch):
+            out = self.base_model(**batch)
+            return self.norm(out.last_hidden_state), out
+
+    model = Headed().eval()
+    with torch.no_grad(), ablate(model, [(LAYERS, unit) for unit in UNITS]):
+        answer, out = model(**tiny_batch())
+    assert not out.last_hidden_state[..., UNITS].any()
+    assert torch.equal(answer, model.norm(out.last_hidden_state))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_gradients_pass_through_an_ablated_model_in_training(family):
+    model = tiny_model(family, "classification").train()
+    with ablate(model, [(layer, unit) for layer in range(LAYERS + 1) for unit in UNITS]):
+        model(**tiny_batch(), labels=torch.tensor([0, 1])).loss.backward()
+    for layer in encoder_layers(model):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_hooks_are_gone_after_an_error_inside():
+    model = tiny_model("modernbert", "classification")
+    whole, _ = forward(model, tiny_batch())
+    before = hooks(model)
+    with pytest.raises(KeyError), ablate(model, [(0, 1), (LAYERS, 1)]):
+        assert hooks(model) != before
+        raise KeyError
+    assert hooks(model) == before
+
+
+def one_unit_classifier(layer: int = LAYERS, unit: int = 5):
+    """A DistilBERT whose answer is the sign of one unit of the last hidden state at [CLS], around
+    its median; and examples labelled with just that answer."""
+    model = tiny_model("distilbert", "classification")
+    with torch.no_grad():
+        for linear in (model.pre_classifier, model.classifier):
+            linear.weight.zero_()
+            linear.bias.zero_()
+        model.pre_classifier.weight[0, unit] = 1
+        model.pre_classifier.weight[1, unit] = -1
+        model.classifier.weight[1, :2] = torch.tensor([1.0, -1.0])
+    data = random_examples(200)
+    logits = training.predict(model, data, device="cpu")
+    with torch.no_grad():
+        model.classifier.bias[1] = -float(np.median(logits[:, 1]))
+    answers = training.predict(model, data, device="cpu").argmax(axis=1)
+    return model, training.Encoded(data.ids, None, answers, data.pad)
+
+
+def test_ablating_the_unit_that_a_classifier_reads_costs_its_score_and_others_cost_nothing():
+    model, data = one_unit_classifier()
+    ranking = [(LAYERS, 5), *((LAYERS, unit) for unit in range(WIDTH) if unit != 5)]
+    table = ablation_scores(model, data, ranking, [0, 1, WIDTH - 1], device="cpu")
+    assert {"k", "which", "accuracy", "f1", "loss"} <= set(table.columns) and len(table) == 9
+    at = table.set_index(["k", "which"])["accuracy"]
+    assert at[0, "top"] == at[0, "bottom"] == at[0, "random"] == 1
+    assert at[1, "top"] == pytest.approx(0.5, abs=0.02)
+    assert at[WIDTH - 1, "bottom"] == 1
+    # One value for all examples, whichever: no information is left.
+    values = np.full((LAYERS + 1, WIDTH), 3.0)
+    table = ablation_scores(model, data, ranking, [1], values=values, device="cpu")
+    at = table.set_index(["k", "which"])["accuracy"]
+    assert at[1, "top"] == pytest.approx(0.5, abs=0.02) and at[1, "bottom"] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_neuron_that_probes_find_is_the_neuron_that_the_model_uses(method):
+    model, data = one_unit_classifier()
+    with torch.no_grad():
+        states = [
+            torch.stack(model(torch.tensor([ids]), output_hidden_states=True).hidden_states)
+            for ids in data.ids
+        ]
+    first = torch.cat([s[:, :, 0] for s in states], dim=1).numpy()  # (layers, examples, hidden)
+    ranking = rank_neurons(first, data.labels, method=method)
+    table = ablation_scores(model, data, ranking, [1], device="cpu")
+    at = table.set_index("which")["accuracy"]
+    assert ranking[0] == (LAYERS, 5)
+    # The last one may lie in an earlier layer and feed the unit a little.
+    assert at["top"] < 0.6 < 0.8 < at["bottom"]
+
+
+def test_any_scoring_can_be_asked_for():
+    model, data = one_unit_classifier()
+    seen = []
+
+    def evaluate(model, data, note):
+        seen.append(note)
+        return {"mine": float(training.predict(model, data, device="cpu")[:, 1].std())}
+
+    ranking = [(LAYERS, 5), (LAYERS, 6)]
+    table = ablation_scores(model, data, ranking, [1], evaluate=evaluate, note="here")
+    assert seen == ["here"] * 3
+    at = table.set_index("which")["mine"]
+    # Equal logits, up to the rounding of batches of different sizes.
+    assert at["top"] < 1e-6 < at["bottom"]
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "gausian"}, "Did you mean 'gaussian'"),
+        ({"labels": ["a"] * 599}, "599 labels"),
+        ({"labels": ["a"] * 600}, "nothing to tell apart"),
+        ({"classes": ["0", "2"]}, "label 1 is not among the classes: 0, 2"),
+        ({"activations": np.zeros((3, 600))}, "layers, words, hidden"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused(change, message):
+    activations, labels = planted([(1, 4)])
+    given = {"activations": activations, "labels": labels, "method": "probeless", **change}
+    with pytest.raises(HealingError, match=message):
+        rank_neurons(**given)
+
+
+def test_values_that_are_not_finite_are_refused_with_their_layer():
+    activations, labels = planted([(1, 4)])
+    activations[2, 17, 3] = np.inf
+    with pytest.raises(HealingError, match="layer 2"):
+        rank_neurons(activations, labels)
+
+
+def test_bad_settings_of_a_search_are_refused():
+    train = planted([(1, 4)])
+    narrow = (train[0][:, :, :-1], train[1])
+    with pytest.raises(HealingError, match="must agree"):
+        minimal_neurons(*train, *narrow)
+    with pytest.raises(HealingError, match="delta -1"):
+        minimal_neurons(*train, *train, delta=-1)
+    with pytest.raises(HealingError, match="3 groups for 600 words"):
+        minimal_neurons(*train, *train, groups=[1, 2, 3])
+    with pytest.raises(HealingError, match="1 groups"):
+        minimal_neurons(*train, *train, groups=[1] * 600)
+    with pytest.raises(HealingError, match="one label only"):
+        minimal_neurons(*train, *train, groups=train[1])
+    with pytest.raises(HealingError, match="cannot take 25 of 24"):
+        accuracy_curve(*train, *train, EVERYTHING, [25])
+    with pytest.raises(HealingError, match="finite"):
+        rank_weights(np.array([[1.0, np.nan]]))
+
+
+def test_neurons_that_a_model_does_not_have_are_refused():
+    model = tiny_model("bert")
+    for neuron in [(LAYERS + 1, 0), (0, WIDTH), (-1, 0)]:
+        with pytest.raises(HealingError, match="no neuron"), ablate(model, [neuron]):
+            pass
+    with pytest.raises(HealingError, match="twice"), ablate(model, [(0, 1), (0, 1)]):
+        pass
+    with pytest.raises(HealingError, match=r"need \(4, 16\)"):
+        with ablate(model, [(0, 1)], np.zeros((LAYERS, WIDTH))):
+            pass
+    from transformers import AutoModel
+
+    with pytest.raises(HealingError, match="share weights"):
+        with ablate(AutoModel.from_config(tiny_config("albert")), [(0, 1)]):
+            pass

@@ -1,0 +1,88 @@
+"""The study's real model and data, where this machine has them stored; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from healing_utils.base.errors import HealingError
+from healing_utils.texts import tasks
+
+MODEL, DATA = "sentence-transformers/all-MiniLM-L6-v2", "stanfordnlp/sst2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    """Ask the local cache only, whatever the environment says."""
+    import datasets
+    import huggingface_hub.constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setenv("HEALING_PROGRESS", "quiet")
+        yield
+
+
+@pytest.fixture(scope="module")
+def sst2(offline):
+    try:
+        return tasks.load_task(DATA)
+    except HealingError as error:
+        pytest.skip(f"{DATA} is not stored here (HF_HOME={os.environ.get('HF_HOME')}): {error}")
+
+
+@pytest.fixture(scope="module")
+def model_name(offline):
+    from healing_utils.healing import models
+
+    try:
+        models.load_tokenizer(MODEL)
+        models.load_classifier(MODEL, 2, seed=0)
+    except HealingError as error:
+        pytest.skip(f"{MODEL} is not stored here (HF_HOME={os.environ.get('HF_HOME')}): {error}")
+    return MODEL
+
+
+def test_sst2_has_the_published_sizes_and_classes(sst2):
+    # Wang et al. 2019, table 1: 67k training phrases, 872 for development.
+    assert (len(sst2.pool), len(sst2.test)) == (67349, 872)
+    assert sst2.classes == ("negative", "positive") and sst2.metric == "f1"
+    assert set(sst2.pool.labels) == set(sst2.test.labels) == {0, 1}
+    assert sum(sst2.test.labels) == 444
+    assert tasks.load_task("sst2").test == sst2.test
+    train, validation = sst2.draw(0, 4000, 200)
+    assert (len(train), len(validation)) == (4000, 200)
+
+
+def test_emotion_has_six_classes(offline):
+    try:
+        data = tasks.load_task("emotion")
+    except HealingError as error:
+        pytest.skip(f"dair-ai/emotion is not stored here: {error}")
+    assert (len(data.pool), len(data.test)) == (16000, 2000)
+    assert data.classes == ("sadness", "joy", "love", "anger", "fear", "surprise")
+
+
+def test_a_few_steps_of_the_real_model_learn_something(sst2, model_name):
+    from healing_utils.healing import models, training
+    from healing_utils.healing.corruption import corrupt
+
+    tokenizer = models.load_tokenizer(model_name)
+    train, _ = sst2.draw(0, 256, 0)
+    examples = training.encode(tokenizer, train.texts, train.labels)
+    model = models.load_classifier(model_name, 2, seed=0)
+    assert model.config.num_hidden_layers == 6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    before = training.evaluate(model, examples, device="cpu")["loss"]
+    done = training.fine_tune(
+        model, examples, epochs=1, learning_rate=2e-4, device="cpu", progress=False
+    )
+    assert done.steps == 8
+    assert training.evaluate(model, examples, device="cpu")["loss"] < before - 0.02
+    assert model.get_input_embeddings().weight.shape[0] == 30522
+    report = corrupt(model, side="bottom", level="1/6")
+    assert {tensor.layer for tensor in report.tensors} == {0}

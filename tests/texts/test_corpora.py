@@ -1,0 +1,421 @@
+"""Corpora: the words and labels of the file, all of them, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from healing_utils import organism
+from healing_utils.base.errors import HealingError
+from healing_utils.texts.corpora import Corpus, TaggedSentences, load_corpus
+
+
+def tagged(*sentences: str) -> TaggedSentences:
+    """``the/D cat/N`` and so on."""
+    pairs = [[token.rsplit("/", 1) for token in s.split()] for s in sentences]
+    return TaggedSentences([[w for w, _ in s] for s in pairs], [[t for _, t in s] for s in pairs])
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return str(path)
+
+
+def refused(match: str, *arguments, **settings) -> None:
+    with pytest.raises(HealingError, match=match) as caught:
+        load_corpus(*arguments, **settings)
+    assert "\n" not in str(caught.value)
+
+
+# -- sentences and draws -------------------------------------------------------------------------
+
+
+def test_sentences_know_their_size_and_their_content():
+    data = tagged("the/D cat/N sat/V", "cats/N sat/V")
+    assert (len(data), data.size) == (2, 5)
+    assert data.select([1, 0]) == tagged("cats/N sat/V", "the/D cat/N sat/V")
+    assert data.sha() == tagged("the/D cat/N sat/V", "cats/N sat/V").sha()
+    others = (data.select([1, 0]), tagged("the/D cat/N sat/V cats/N sat/V"),
+              tagged("the/D cat/N sat/V", "cats/N sat/N"), data.select([0]))  # fmt: skip
+    assert len({data.sha(), *(other.sha() for other in others)}) == 5
+    with pytest.raises(HealingError, match="differ in shape"):
+        TaggedSentences([["the", "cat"]], [["D"]])
+
+
+def numbered(count: int) -> TaggedSentences:
+    return TaggedSentences([[f"w{i}", "x"] for i in range(count)], [["A", "B"]] * count)
+
+
+def test_a_draw_varies_training_by_seed_and_never_the_test():
+    corpus = Corpus("c", "pos", numbered(50), numbered(30), {"traces": 1})
+    draws = [corpus.draw(seed, 20, 10) for seed in range(4)]
+    assert all((len(d.train), len(d.test)) == (20, 10) for d in draws)
+    assert len({d.train.sha() for d in draws}) == 4 and len({d.test.sha() for d in draws}) == 1
+    assert draws[2] == corpus.draw(2, 20, 10)
+    firsts = {words[0] for words in draws[0].train.words}
+    assert len(firsts) == 20 and max(int(w[1:]) for w in firsts) > 25  # not just the first ones
+    assert corpus.draw(0, None, None) == corpus
+    assert corpus.draw(0, 50).train == corpus.train
+    for train, test in ((51, None), (0, None), (10, 31), (10, -1), (2.5, None), (True, None)):
+        with pytest.raises(HealingError, match="(train|test)_sentences is .*need"):
+            corpus.draw(0, train, test)
+
+
+def test_labels_that_training_never_shows_stay_in_the_test_and_are_counted():
+    corpus = Corpus("c", "pos", tagged("a/A b/B"), tagged("a/A c/C c/C", "d/D"), {})
+    assert corpus.unseen == {"C": 2, "D": 1}
+    assert Corpus("c", "pos", corpus.train, corpus.train, {}).unseen == {}
+
+
+# -- the organism and NLTK -----------------------------------------------------------------------
+
+
+def test_the_organism_is_tagged_by_its_grammar():
+    corpora = {column: load_corpus("organism", column) for column in organism.TAGS}
+    for column, corpus in corpora.items():
+        assert (corpus.column, corpus.dropped) == (column, {})
+        for part, split in ((corpus.train, "train"), (corpus.test, "test")):
+            expected = organism.tagged_sentences(split)
+            assert part.words == [words for words, _ in expected]
+            assert part.labels == [tags[column] for _, tags in expected]
+    assert load_corpus("organism") == corpora["pos"]
+    refused("unknown column of organism 'chunks'.*Did you mean 'chunk'", "organism", "chunks")
+    refused("has its own test part", "organism", test="x.conllu")
+
+
+@pytest.fixture
+def nltk_data(tmp_path, monkeypatch):
+    """An empty NLTK data folder, and corpora that look for their data again."""
+    corpora = pytest.importorskip("nltk.corpus")
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    readers = (corpora.conll2000, corpora.treebank)
+    for reader in readers:
+        reader._unload()
+    yield tmp_path / "corpora"
+    for reader in readers:
+        reader._unload()
+
+
+def test_conll2000_has_chunks_and_parts_of_speech(nltk_data):
+    train = "The DT B-NP\ncat NN I-NP\nsat VBD B-VP\n. . O\n\nCats NNS B-NP\nsat VBD B-VP\n\n"
+    write(nltk_data / "conll2000" / "train.txt", train)
+    write(nltk_data / "conll2000" / "test.txt", "Well RB B-ADVP\n, , O\ncats NNS B-NP\n\n")
+    corpus = load_corpus("conll2000")
+    assert (corpus.name, corpus.column, corpus.dropped) == ("conll2000", "chunk", {})
+    assert corpus.train == tagged("The/B-NP cat/I-NP sat/B-VP ./O", "Cats/B-NP sat/B-VP")
+    assert corpus.test == tagged("Well/B-ADVP ,/O cats/B-NP") and corpus.unseen == {"B-ADVP": 1}
+    assert load_corpus("conll2000", "pos").test == tagged("Well/RB ,/, cats/NNS")
+    refused("unknown column of conll2000 'upos'.*Did you mean 'pos'", "conll2000", "upos")
+
+
+def test_treebank_scores_its_last_files_and_drops_traces(nltk_data):
+    for i in range(10):
+        trees = f"( (S (NP-SBJ (NN word{i}) ) (VP (VBD sat) (NP (-NONE- *-1) )) (. .) ))\n"
+        trees += "( (S (NP (-NONE- *)) ))\n" if i == 3 else ""
+        write(nltk_data / "treebank" / "combined" / f"wsj_{i + 1:04}.mrg", trees)
+    corpus = load_corpus("treebank")
+    assert corpus.train == tagged(*[f"word{i}/NN sat/VBD ./." for i in range(8)])
+    assert corpus.test == tagged("word8/NN sat/VBD ./.", "word9/NN sat/VBD ./.")
+    assert corpus.dropped == {"traces": 11, "empty sentences": 1}
+
+
+@pytest.mark.parametrize("name", ["conll2000", "treebank"])
+def test_data_that_nltk_has_not_got_are_named_with_the_remedy(nltk_data, name):
+    refused(rf"nltk\.download\('{name}'\)", name)
+
+
+@pytest.mark.parametrize("package", ["nltk", "conllu"])
+def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.corpus", None)
+    name = "conll2000" if package == "nltk" else write(tmp_path / "a.conllu", CONLLU)
+    refused(f"needs the package {package}, which is missing: pip install {package}", name)
+
+
+# -- CoNLL-U -------------------------------------------------------------------------------------
+
+# The project's own sentences. One has a multiword token, one an empty node, one only a comment.
+CONLLU = """\
+# sent_id = 1
+# text = Cats can't sleep
+1\tCats\tcat\tNOUN\tNNS\tNumber=Plur\t4\tnsubj\t4:nsubj\t_
+2-3\tcan't\t_\t_\t_\t_\t_\t_\t_\t_
+2\tca\tcan\tAUX\tMD\tVerbForm=Fin\t4\taux\t4:aux\t_
+3\tn't\tnot\tPART\tRB\t_\t4\tadvmod\t4:advmod\t_
+4\tsleep\tsleep\tVERB\tVB\tVerbForm=Inf\t0\troot\t0:root\tSpaceAfter=No
+
+# sent_id = 2
+1\tA\ta\tDET\tDT\tDefinite=Ind|PronType=Art\t2\tdet\t2:det\t_
+2\tmat\tmat\tNOUN\tNN\tNumber=Sing\t0\troot\t0:root\t_
+2.1\tlies\tlie\tVERB\t_\t_\t_\t_\t2:x\t_
+
+# a comment alone
+
+1\tSleep\tsleep\tVERB\tVB\tMood=Imp\t0\troot\t0:root\t_
+"""
+
+
+@pytest.fixture
+def treebank(tmp_path) -> Path:
+    write(tmp_path / "ud" / "xx_own-ud-train.conllu", CONLLU)
+    write(tmp_path / "ud" / "xx_own-ud-dev.conllu", CONLLU)
+    test = "1\tMats\tmat\tX\tNNS\tCase=Nom|Number=Plur\t0\troot\t_\t_\n"
+    write(tmp_path / "ud" / "xx_own-ud-test.conllu", test)
+    return tmp_path / "ud"
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "test"),
+    [
+        ("upos", [["NOUN", "AUX", "PART", "VERB"], ["DET", "NOUN"], ["VERB"]], "X"),
+        ("xpos", [["NNS", "MD", "RB", "VB"], ["DT", "NN"], ["VB"]], "NNS"),
+        ("lemma", [["cat", "can", "not", "sleep"], ["a", "mat"], ["sleep"]], "mat"),
+        ("deprel", [["nsubj", "aux", "advmod", "root"], ["det", "root"], ["root"]], "root"),
+        ("head", [["4", "4", "4", "0"], ["2", "0"], ["0"]], "0"),
+        ("Number", [["Plur", "_", "_", "_"], ["_", "Sing"], ["_"]], "Plur"),
+        (
+            "feats",
+            [
+                ["Number=Plur", "VerbForm=Fin", "_", "VerbForm=Inf"],
+                ["Definite=Ind|PronType=Art", "Number=Sing"],
+                ["Mood=Imp"],
+            ],
+            "Case=Nom|Number=Plur",
+        ),
+    ],
+)
+def test_every_column_of_a_treebank_can_be_probed(treebank, column, labels, test):
+    corpus = load_corpus(str(treebank), column)
+    assert corpus.train.words == [["Cats", "ca", "n't", "sleep"], ["A", "mat"], ["Sleep"]]
+    assert corpus.train.labels == labels
+    assert corpus.test == TaggedSentences([["Mats"]], [[test]])
+    assert corpus.dropped == {"multiword ranges": 1, "empty nodes": 1, "empty sentences": 1}
+
+
+def test_the_treebanks_folder_its_training_file_and_a_variable_are_the_same(treebank, monkeypatch):
+    monkeypatch.setenv("OWN_UD", str(treebank))
+    by_folder = load_corpus("$OWN_UD")
+    train = "${OWN_UD}/xx_own-ud-train.conllu"
+    by_file = load_corpus(train)
+    by_both = load_corpus(str(treebank / "xx_own-ud-train.conllu"), test=str(
+        treebank / "xx_own-ud-test.conllu"))  # fmt: skip
+    assert by_folder.column == "upos"
+    for other in (by_file, by_both):
+        assert (other.train, other.test) == (by_folder.train, by_folder.test)
+    assert load_corpus(train, test="$OWN_UD/xx_own-ud-dev.conllu").test == by_file.train
+    monkeypatch.delenv("OWN_UD")
+    refused(r"variable \$OWN_UD in '\$OWN_UD/x.conllu' is not set", "$OWN_UD/x.conllu")
+
+
+def test_what_a_treebank_has_not_got_is_refused(treebank, tmp_path):
+    folder = str(treebank)
+    refused("unknown column .* 'uposs'; allowed: upos, .*Did you mean 'upos'", folder, "uposs")
+    refused("allowed: .*, Definite, Mood, Number, .*Did you mean 'Number'", folder, "Numbre")
+    refused("no such file or folder: .*gone.conllu", str(tmp_path / "gone.conllu"))
+    refused("folder .* holds 0 files named .*-ud-train.conllu", str(tmp_path))
+    write(treebank / "yy-ud-train.conllu", CONLLU)
+    refused(r"holds 2 files .*\(xx_own-ud-train.conllu, yy-ud-train.conllu\): need one", folder)
+    refused("differ in format", str(treebank / "yy-ud-train.conllu"), test=write(
+        tmp_path / "a.txt", "a A\n"))  # fmt: skip
+    no_xpos = CONLLU.replace("\tNN", "\t_").replace("_S", "_")
+    for tag in ("MD", "RB", "VB", "DT"):
+        no_xpos = no_xpos.replace(f"\t{tag}\t", "\t_\t")
+    refused("column 'xpos' has one label only, '_'", write(tmp_path / "b.conllu", no_xpos), "xpos")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("2\tmat\tmat", r"bad.conllu, line 11 has 3 columns; need 10"),
+        ("x\tmat\tmat\tNOUN\tNN\t_\t0\troot\t_\t_", r"bad.conllu, lines 10 to 12"),
+        ("mat", r"bad.conllu, lines 10 to 12"),
+    ],
+)
+def test_a_malformed_treebank_names_file_and_line(tmp_path, line, match):
+    whole = CONLLU.splitlines()
+    assert whole[10].startswith("2\tmat")
+    whole[10] = line
+    refused(match, write(tmp_path / "bad.conllu", "\n".join(whole)))
+
+
+# -- columns -------------------------------------------------------------------------------------
+
+PLAIN = "The DT DEF\ncat NN CON\n\nIt PRP PRO\nsat VBD EPS\n\nCats NNS CON\n"
+SENTENCES = [["The", "cat"], ["It", "sat"], ["Cats"]]
+LABELS = [["DEF", "CON"], ["PRO", "EPS"], ["CON"]]
+
+
+def in_any_order(corpus: Corpus) -> list:
+    parts = (corpus.train, corpus.test)
+    return sorted(pair for p in parts for pair in zip(p.words, p.labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "empty"),
+    [
+        (PLAIN, 0),
+        (PLAIN.replace(" ", "\t"), 0),
+        (PLAIN.replace(" ", "   "), 0),
+        (PLAIN.replace("\n", "\r\n"), 0),
+        (PLAIN.replace("\n", "\r"), 0),
+        (PLAIN.replace("NN CON\n\nIt", "NN CON\r\n \r\nIt").replace("DEF\n", "DEF\r"), 0),
+        ("\ufeff" + PLAIN, 0),
+        ("\n\n" + PLAIN + "\n\n\n", 0),
+        (PLAIN.rstrip("\n"), 0),
+        (PLAIN.replace("\n\nIt", "\n\n\n\nIt"), 2),
+    ],
+    ids="plain tabs blanks crlf cr mixed bom around no-end empty".split(),
+)
+def test_a_file_of_columns_reads_the_same_however_it_is_written(tmp_path, text, empty):
+    corpus = load_corpus(write(tmp_path / "a.txt", text))
+    assert in_any_order(corpus) == sorted(zip(SENTENCES, LABELS, strict=True))
+    assert corpus.column == "last"
+    assert corpus.dropped == ({"empty sentences": empty} if empty else {})
+
+
+def test_mixed_line_endings_and_marks_do_not_change_a_treebank(tmp_path):
+    plain = load_corpus(write(tmp_path / "a.conllu", CONLLU))
+    lines = CONLLU.splitlines()
+    mixed = "".join(line + ("\r\n", "\n", "\r")[i % 3] for i, line in enumerate(lines))
+    other = load_corpus(write(tmp_path / "b.conllu", "\ufeff\n" + mixed + "\n\r\n"))
+    assert (other.train, other.test, other.dropped) == (plain.train, plain.test, plain.dropped)
+
+
+def test_the_column_is_a_number_or_the_last(tmp_path):
+    file = write(tmp_path / "a.txt", PLAIN)
+    for column in ("last", 2, "2", -1, "-1", None):
+        assert in_any_order(load_corpus(file, column)) == in_any_order(load_corpus(file))
+    tags = [["DT", "NN"], ["PRP", "VBD"], ["NNS"]]
+    assert in_any_order(load_corpus(file, 1)) == sorted(zip(SENTENCES, tags, strict=True))
+    # The Parallel Meaning Bank's releases put the tag first.
+    turned = write(tmp_path / "b.txt", "DEF\tThe\nCON\tcat\n\nPRO\tIt\nEPS\tsat\n\nCON\tCats\n")
+    assert in_any_order(load_corpus(turned, 0, words=1)) == in_any_order(load_corpus(file))
+    refused("unknown column 'sem' .*a number, counted from 0, or last", file, "sem")
+    refused("has 3 columns; column 3 is not there: allowed are 0 to 2, or last", file, 3)
+    refused("has 3 columns; column -4 is not there", file, -4)
+    refused("a.txt, line 1: column 0 holds the words", file, 0)
+    refused("words is -1", file, words=-1)
+
+
+def test_blanks_inside_words_survive_where_tabs_separate(tmp_path):
+    file = write(tmp_path / "a.txt", "New York\tGPE\n10\u00a0000\tQUC\n\nit\tPRO\nis\tNOW\n")
+    assert in_any_order(load_corpus(file)) == [
+        (["New York", "10\u00a0000"], ["GPE", "QUC"]),
+        (["it", "is"], ["PRO", "NOW"]),
+    ]
+    supertags = write(tmp_path / "b.txt", "# NP\nsat (S[dcl]\\NP)/PP\n\n10\u00a0000 N/N\nmats N\n")
+    assert in_any_order(load_corpus(supertags)) == [
+        (["#", "sat"], ["NP", "(S[dcl]\\NP)/PP"]),
+        (["10\u00a0000", "mats"], ["N/N", "N"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "match"),
+    [
+        ("a A\nb\n\nc C\n", None, "a.txt, line 2 has 1 columns where the first line has 2"),
+        ("a A x\nb B\n\nc C x\n", None, "a.txt, line 2 has 2 columns where the first line has 3"),
+        ("a A\nb B x\n\nc C\n", None, "a.txt, line 2 has 3 columns where the first line has 2"),
+        ("a A x\n\n\nb\n", 1, "a.txt, line 4 has 1 columns"),
+        ("a\tA\nb\t\n\nc\tC\n", None, "a.txt, line 2 has an empty word or label"),
+        ("a\tA\n\tB\n\nc\tC\n", None, "a.txt, line 2 has an empty word or label"),
+        ("one\ntwo\n", None, "a.txt, line 1: column 0 holds the words; there are 1 columns"),
+        ("", None, "0 distinct sentences: too few"),
+        ("\n\n\n", None, "0 distinct sentences: too few"),
+        ("a A\nb B\n", None, "1 distinct sentences: too few .* blank lines between"),
+        ("a A\n\nb A\n", None, "column 'last' has one label only, 'A'"),
+    ],
+)
+def test_a_malformed_file_names_file_and_line(tmp_path, text, column, match):
+    refused(match, write(tmp_path / "a.txt", text), column)
+
+
+def test_what_is_not_text_or_not_there_is_refused(tmp_path):
+    refused("a.txt is not UTF-8 text", write(tmp_path / "a.txt", "na\u00efve A\n", "latin-1"))
+    refused("no such file or folder: .*b.txt", str(tmp_path / "b.txt"))
+    refused("no such file or folder: .*b.txt", write(tmp_path / "a.txt", PLAIN), test="b.txt")
+    refused("unknown corpus .* 'conll2001'.*Did you mean 'conll2000'", "conll2001")
+
+
+def test_a_sentence_of_two_thousand_words_is_one_sentence(tmp_path):
+    long = "\n".join(f"w{i} {'AB'[i % 2]}" for i in range(2000))
+    file = write(tmp_path / "a-train.txt", f"{long}\n\nend B\n")
+    write(tmp_path / "a-test.txt", "w1 C\n")
+    corpus = load_corpus(file)
+    assert [len(words) for words in corpus.train.words] == [2000, 1]
+    assert corpus.train.words[0][1999] == "w1999" and corpus.train.labels[0][1999] == "B"
+    assert corpus.unseen == {"C": 1}
+
+
+# -- the part that is held out -------------------------------------------------------------------
+
+
+def lone(tmp_path: Path, name: str, sentences: int, tags: str = "AB") -> str:
+    blocks = [f"w{i} {tags[i % 2]}\nx {tags[0]}\n" for i in range(sentences)]
+    return write(tmp_path / name, "\n".join(blocks))
+
+
+def test_a_lone_file_holds_out_a_fifth_always_the_same(tmp_path):
+    file = lone(tmp_path, "a.txt", 50)
+    corpus = load_corpus(file)
+    assert (len(corpus.train), len(corpus.test)) == (40, 10)
+    assert len({tuple(w) for p in (corpus.train, corpus.test) for w in p.words}) == 50
+    assert corpus.test.words != [[f"w{i}", "x"] for i in range(40, 50)]  # drawn, not the tail
+    again = load_corpus(lone(tmp_path, "b.txt", 50))
+    assert (again.train, again.test) == (corpus.train, corpus.test)
+    relabelled = load_corpus(lone(tmp_path, "c.txt", 50, tags="CD"))
+    assert relabelled.test.words == corpus.test.words  # another column is scored on the same words
+    other = load_corpus(lone(tmp_path, "d.txt", 51))
+    assert other.test.words != corpus.test.words
+    two = load_corpus(lone(tmp_path, "e.txt", 2))
+    assert (len(two.train), len(two.test)) == (1, 1)
+
+
+def test_equal_sentences_stay_on_one_side(tmp_path):
+    text = "\n".join(f"w{i % 10} {'AB'[i % 2]}\n" for i in range(100))
+    corpus = load_corpus(write(tmp_path / "a.txt", text))
+    train, test = ({tuple(w) for w in p.words} for p in (corpus.train, corpus.test))
+    assert (len(train), len(test), len(corpus.train), len(corpus.test)) == (8, 2, 80, 20)
+    assert not train & test
+
+
+def test_a_training_file_takes_its_sibling_as_the_test(tmp_path):
+    train = lone(tmp_path, "sem-train.tsv", 10)
+    assert len(load_corpus(train).train) == 8  # no sibling: a fifth is held out
+    lone(tmp_path, "sem-test.tsv", 3)
+    corpus = load_corpus(train)
+    assert (len(corpus.train), len(corpus.test)) == (10, 3)
+    training = lone(tmp_path, "sem-training.tsv", 10)
+    assert len(load_corpus(training).train) == 8
+    given = load_corpus(training, test=lone(tmp_path, "scored.tsv", 4))
+    assert (len(given.train), len(given.test)) == (10, 4)
+
+
+# -- the real things -----------------------------------------------------------------------------
+
+
+def test_conll2000_has_the_published_sizes():
+    try:
+        corpus = load_corpus("conll2000")
+    except HealingError as error:
+        pytest.skip(f"CoNLL-2000 is not stored here: {error}")
+    # Tjong Kim Sang and Buchholz 2000, section 2: 211,727 and 47,377 tokens.
+    assert (len(corpus.train), corpus.train.size) == (8936, 211727)
+    assert (len(corpus.test), corpus.test.size) == (2012, 47377)
+    kinds = {label for s in corpus.train.labels for label in s}
+    assert len({kind[2:] for kind in kinds} - {""}) == 11 and corpus.unseen == {"I-LST": 2}
+
+
+def test_ewt_has_the_universal_tags():
+    if "UD_EWT" not in os.environ:
+        pytest.skip("the English Web Treebank is not stored here: UD_EWT is not set")
+    corpus = load_corpus("$UD_EWT/en_ewt-ud-test.conllu")  # the small part, cut into two
+    # The treebank's own statistics: 2,077 sentences, 25,094 words.
+    assert len(corpus.train) + len(corpus.test) == 2077
+    assert corpus.train.size + corpus.test.size == 25094
+    assert len({label for s in corpus.train.labels for label in s}) == 17
+    assert corpus.dropped["multiword ranges"] > 0
