@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test test-cluster lab report lock badges bench bench-gpu growth scaling colab-check lint clean
+.PHONY: help study test check test-cluster lab report lock badges bench bench-gpu growth scaling colab-check clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -33,12 +33,17 @@ study: $(READY)  ## Run the study on the model organism; the last line names its
 	@$(BIN)/healing run quick $(ARGS)
 
 # The notebooks compute everything again, in a folder of their own: results of an earlier run
-# would make the comparison compare nothing.
+# would make the comparison compare nothing. They run beside the other tests, and are told last.
+# (5: pytest found nothing that ARGS ask for, which one of the two may.)
 test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k name" for some)
 	@$(MAKE) $(VENV)/.cluster || echo "Ray cannot be installed: tests on its cluster are skipped"
 	@runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
-	HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet $(BIN)/python -m pytest --nbval-lax \
-	  --nbval-current-env --nbval-cell-timeout=600 $(ARGS)
+	export HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet; failed=0; \
+	$(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+	  -p no:cacheprovider $(ARGS) > "$$runs/said" 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest tests $(ARGS) || { [ $$? = 5 ] || failed=1; }; \
+	wait $$beside || { [ $$? = 5 ] || failed=1; }; \
+	cat "$$runs/said"; exit $$failed
 
 # Ray is large and few need it: it is installed when this is first asked for.
 $(VENV)/.cluster: $(READY) requirements-cluster.lock
@@ -46,7 +51,7 @@ $(VENV)/.cluster: $(READY) requirements-cluster.lock
 	@touch $@
 
 test-cluster: $(VENV)/.cluster  ## Run the tests on a Ray cluster of two nodes, all on this machine
-	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest tests/run/test_cluster.py $(ARGS)
+	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest tests/study/test_cluster.py $(ARGS)
 
 lab: $(READY)  ## Open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
@@ -63,10 +68,10 @@ $(VENV)/.neurox: $(READY)
 	  > "$$($(VENV)/neurox/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/healing.pth"
 	@touch $@
 
-# With the memory settings that `healing run` gives its kernels; the peers get them too.
+# With the memory settings that `healing run` gives its processes; the peers get them too.
 bench: $(VENV)/.neurox  ## Measure training and probing against their peers; needs MiniLM and data
 	@export $$($(BIN)/python -c \
-	  'from healing_utils.run.runner import HUGE_PAGES as h; print(*map("=".join, h.items()))'); \
+	  'from healing_utils.study.pool import HUGE_PAGES as h; print(*map("=".join, h.items()))'); \
 	$(BIN)/python tests/benchmarks/throughput.py $(ARGS); \
 	$(BIN)/python tests/benchmarks/probing.py --neurox $(VENV)/neurox/bin/python
 
@@ -86,12 +91,15 @@ scaling: $(VENV)/.cluster  ## Measure one worker against two, as processes and o
 colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
 	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/run/test_colab.py $(ARGS)
 
-badges: $(READY)  ## Write the repository's address into the notebooks: make badges REPO=owner/name
-	@test -n "$(REPO)" || { echo "which repository? make badges REPO=owner/name" >&2; exit 2; }
-	@$(BIN)/python -m healing_utils.run.notebooks "$(REPO)"
+badges:  ## Write the repository's address into the notebooks: make badges REPO=owner/name
+	@[[ "$(REPO)" =~ ^[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+$$ ]] \
+	  || { echo "which repository? make badges REPO=owner/name" >&2; exit 2; }
+	@perl -pi -e 's{(google\.com/github|git\+https://github\.com)/[\w-]+/[\w.-]+}{$$1/$(REPO)}g' \
+	  notebooks/*.ipynb
 
-lint: $(READY)  ## Check the style of modules and notebooks
-	@$(BIN)/ruff check .
+check: $(READY)  ## Check format and style, and run the fast tests
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -m "not slow" tests $(ARGS)
 
 # The newest versions that pyproject.toml allows, except torch: a change of torch is a download of
 # gigabytes and a change of numerics, so it is made on purpose, make lock TORCH=x.y.z.

@@ -7,14 +7,14 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from healing_utils.base.errors import HealingError
-from healing_utils.run import runner
+from healing_utils.base.errors import HealingError, choose
+
+EXECUTORS = ("workers", "in-process", "ray")
 
 
 def parse_value(text: str) -> Any:
@@ -33,47 +33,39 @@ def parse_value(text: str) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str | list) else text
 
 
-def _add_profile(command: argparse.ArgumentParser) -> None:
-    """The arguments that say which study is meant."""
-    command.add_argument("profile", metavar="PROFILE", help="quick, minilm, paper, or a YAML file")
-    command.add_argument(
-        "--out", metavar="DIR", help="the run's folder (default data/runs/PROFILE)"
-    )
-    command.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a parameter, as in -p model bert-base-uncased -p levels [1/6,1/2]",
-    )
-
-
 def parser() -> argparse.ArgumentParser:
     """The arguments of all commands."""
     top = argparse.ArgumentParser(prog="healing", description="Break a language model, heal it.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
-        help="run the notebooks of a profile; the same command goes on after a stop",
-        description="Run the notebooks of a profile in sequence. What is done is never done twice.",
+        help="compute a profile's cells and run its notebooks; the same command goes on after a "
+        "stop",
+        description="Compute a profile's cells, run its notebooks in sequence, and write the page. "
+        "What is done is never done twice.",
     )
     plan = commands.add_parser(
         "plan",
         help="show what a profile takes: cells, tokens, operations, disk and time",
         description="Show, stage by stage, what a profile takes on this machine: cells that are "
-        "planned, done and left, tokens, operations, disk, and the time by a short trial of the "
-        "real loop. Nothing is run. The estimate is kept in the run's folder, and `healing run` "
-        "says in the end how far off it was.",
+        "planned and left, tokens, operations, disk, and the time by records that are there, else "
+        "by a short trial of each kind of cell. The estimate is kept in the run's folder, and "
+        "`healing run` says in the end how far off it was.",
     )
     for command in (run, plan):
-        _add_profile(command)
+        command.add_argument("profile", metavar="PROFILE", help="quick, minilm, ... or a YAML file")
+        command.add_argument(
+            "--out", metavar="DIR", help="run's folder (default data/runs/PROFILE)"
+        )
+        command.add_argument(
+            "-p", dest="parameters", nargs=2, action="append", default=[],
+            metavar=("NAME", "VALUE"),
+            help="set a parameter, as in -p model bert-base-uncased -p levels [1/6,1/2]",
+        )  # fmt: skip
     run.add_argument(
-        "--executor",
-        metavar="NAME",
-        help="where cells are computed: in-process, workers (default: processes here), ray",
-    )
+        "--executor", metavar="NAME", default="workers",
+        help="where cells are computed: workers (default: processes here), in-process, ray",
+    )  # fmt: skip
     run.add_argument(
         "--address",
         metavar="HOST:PORT",
@@ -98,65 +90,43 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(given: argparse.Namespace, overrides: list[tuple[str, Any]]) -> int:
     # A cluster's or a container's polite stop is treated as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
-    from healing_utils.run import executors
+    choose(given.executor, EXECUTORS, "executor")
+    if given.address is not None and given.executor != "ray":
+        raise HealingError("an address is for the executor ray: add --executor ray")
+    from healing_utils.run import sequence
+    from healing_utils.run.profiles import Shard
 
+    where = {"executor": given.executor, "address": given.address}
     try:
-        with _environment(executors.choice(arguments.executor, arguments.address, arguments.shard)):
-            executors.chosen().check()  # refused now, not in the first notebook
-            if os.environ.get("HEALING_SHARD"):
-                print(runner.run_shard(arguments.profile, arguments.out, overrides))
-                return 0
-            page = runner.run(arguments.profile, arguments.out, overrides, again=arguments.again)
-    except runner.NotebookFailed as error:
+        if given.shard is not None:
+            share = Shard.read(given.shard)
+            print(sequence.run_shard(given.profile, share, given.out, overrides, **where))
+        else:
+            print(sequence.run(given.profile, given.out, overrides, again=given.again, **where))
+    except sequence.NotebookFailed as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped. Everything finished is kept; the same command goes on.", file=sys.stderr)
         return 130
-    print(page)
     return 0
 
 
-@contextlib.contextmanager
-def _environment(given: Mapping[str, str]) -> Iterator[None]:
-    """These variables, as long as the block runs."""
-    before = {name: os.environ.get(name) for name in given}
-    os.environ |= given
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ |= {} if value is None else {name: value}
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    overrides = [(name, parse_value(value)) for name, value in arguments.parameters]
-    name, target, parameters = runner.settle(arguments.profile, arguments.out, overrides)
-    from healing_utils.run import executors, plan
-    from healing_utils.study.parameters import read_parameters
+def _plan(given: argparse.Namespace, overrides: list[tuple[str, Any]]) -> int:
+    from healing_utils.run import estimate, profiles
     from healing_utils.study.study import Study
 
-    if (target / "parameters.json").exists():  # of another study: refused, as by `run`
-        runner.keep_parameters(target, parameters, read_parameters)
-    with _environment(executors.choice(None, None, arguments.shard)):
-        share = executors.shard()
-        found = plan.make(Study(parameters))
+    share = profiles.Shard.read(given.shard) if given.shard is not None else profiles.Shard()
+    name, parameters = profiles.settle(given.profile, given.out, overrides)
+    study = Study(parameters)
+    found = estimate.make(study, share)
     whose = f"shard {share} of profile" if share.count > 1 else "profile"
-    print(plan.describe(found, f"Plan of {whose} {name} in {target}"))
-    kept = plan.keep(found, target)
+    print(estimate.describe(found, study, f"Plan of {whose} {name} in {study.run_folder}"))
+    kept = estimate.keep(found, study.run_folder)
     print(f"estimate kept in {kept}" if kept else "everything is done")
-    return 0
-
-
-def _report(target: Path) -> int:
-    from healing_utils.run.page import write_page
-
-    print(write_page(target))
     return 0
 
 
@@ -164,16 +134,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 1 a notebook failed, 2 wrong input."""
     given = parser().parse_args(arguments)
     try:
-        if given.command == "run":
-            return _run(given)
-        if given.command == "plan":
+        if given.command in ("run", "plan"):
+            overrides = [(name, parse_value(value)) for name, value in given.parameters]
             with contextlib.suppress(KeyboardInterrupt):
-                return _plan(given)
+                return (_run if given.command == "run" else _plan)(given, overrides)
             return 130
-        target = runner.find_run(given.dir)
+        from healing_utils.run import status
+
+        target = status.find_run(given.dir)
         if given.command == "report":
-            return _report(target)
-        print(runner.describe(target))
+            from healing_utils.run.page import write_page
+
+            print(write_page(target))
+        else:
+            print(status.describe(target))
     except HealingError as error:
         print(f"healing: {error}", file=sys.stderr)
         return 2

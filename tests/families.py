@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+
 import torch
 import transformers as hf
 
@@ -83,3 +86,67 @@ def tiny_batch(sentences: int = 2, words: int = 7, seed: int = 0) -> dict[str, t
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, (sentences, words), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+# -- tokenizers ------------------------------------------------------------------------------------
+# Of the three kinds that encoders use, small enough for the models above; long words split.
+
+SENTENCES = [
+    ["the", "cats", "sat", "on", "unbelievable", "mats"],
+    ["cat"],
+    ["unbelievable", "things", "sat"],
+    ["mats", "sat", "on", "the", "cat", "on", "the", "mats", "on", "cats", "on", "things"],
+    ["things", "things"],
+]
+
+
+@functools.cache
+def wordpiece() -> hf.PreTrainedTokenizerFast:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat", "on", "un"]
+    pieces += ["##bel", "##iev", "##able", "mat", "thing", "a", "##a", "b", "##b", "c"]
+    return hf.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+
+
+@functools.cache
+def byte_level() -> hf.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=36,  # so few that long words split
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(s) for s in SENTENCES] * 3 + ["a b c"], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return hf.RobertaTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
+
+
+@functools.cache
+def unigram() -> hf.PreTrainedTokenizerFast:
+    special = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eop>", "<eod>"]
+    pieces = [(token, 0.0) for token in special] + [("▁", -6.0)]
+    pieces += [(c, -7.0) for c in "thecasonubligvm"]
+    whole = ("▁the", "▁cat", "▁sat", "▁on", "▁un", "believ", "able", "▁mat", "▁thing")
+    pieces += [(piece, -4.0) for piece in whole]
+    return hf.XLNetTokenizer(vocab=pieces)
+
+
+# Tokenizer, what stands before a word inside a text, and the special tokens around a sentence.
+KINDS = {
+    "wordpiece": (wordpiece, "", [2], [3]),
+    "byte-level": (byte_level, " ", [0], [2]),
+    "unigram": (unigram, "", [], [4, 3]),
+}
+OWN_KIND = {
+    "roberta": "byte-level", "mpnet": "byte-level", "modernbert": "byte-level", "xlnet": "unigram",
+}  # fmt: skip
+
+
+def kind_of(family: str) -> str:
+    return OWN_KIND.get(family, "wordpiece")
+
+
+def tokenizer_of(family: str) -> hf.PreTrainedTokenizerFast:
+    return KINDS[kind_of(family)][0]()

@@ -98,7 +98,7 @@ def random_examples(
 
 
 def tiny_study(run: Path, model: Path, task: Path, **changes: object) -> dict[str, object]:
-    """Parameters of a study that takes a second or two."""
+    """Parameters of a study that takes a second or two, computed in the process that asks."""
     return {
         "run": str(run), "model": str(model), "task": str(task), "seeds": [0, 1],
         "levels": ["1/3", "1"], "init_levels": ["1/3"], "train_size": 32, "validation_size": 8,
@@ -124,7 +124,7 @@ def study_process(
 
     ``("half", n)``: while the n-th record is being written, when half of it is in its temporary
     file; ``("renaming", n)``: before that file gets its name; ``("recorded", n)``: right after;
-    ``("batch", n)``: when the n-th batch is put together. `log` gets a line for every cell that is
+    ``("step", n)``: after the n-th step of training. `log` gets a line for every cell that is
     computed.
     """
     import os
@@ -137,8 +137,8 @@ def study_process(
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that the killed leave behind
     torch.set_num_threads(1)
     from healing_utils.base import records
-    from healing_utils.healing import training
-    from healing_utils.study import study
+    from healing_utils.study.cells import STAGES
+    from healing_utils.study.study import Study
 
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -148,8 +148,8 @@ def study_process(
         die()
 
     kind, count = moment or ("", 0)
-    write, collate = records.write_atomically, training.collate
-    done = {"records": 0, "batches": 0}
+    write, record = records.write_atomically, Study.record
+    done = {"records": 0, "steps": 0}
 
     def counting_write(path: Path, content: str | bytes) -> None:
         done["records"] += 1
@@ -162,26 +162,22 @@ def study_process(
         if now and kind == "recorded":
             die()
 
-    def counting_collate(*arguments: object) -> object:
-        done["batches"] += 1
-        if kind == "batch" and done["batches"] == count:
-            die()
-        return collate(*arguments)
+    def counting_record(self: Study, cell: object, on_step: object) -> None:
+        def counting_step(*told: object) -> None:
+            done["steps"] += 1
+            if kind == "step" and done["steps"] == count:
+                die()
+
+        if log:
+            with open(log, "a") as file:
+                file.write(f"{cell.key}\n")
+        record(self, cell, counting_step)
 
     # Store.write finds this name in its own module: plans and weights are not counted.
     records.write_atomically = counting_write
-    training.collate = counting_collate
-    if log:
-        for state, compute in study.COMPUTE.items():
-
-            def logged(self, cell, on_step, compute=compute):
-                with open(log, "a") as file:
-                    file.write(f"{cell.key}\n")
-                return compute(self, cell, on_step)
-
-            study.COMPUTE[state] = logged
-    planned = study.Study(parameters)
-    for stage in study.STAGES:
+    Study.record = counting_record
+    planned = Study(parameters)
+    for stage in STAGES:
         planned.run(stage)
 
 
@@ -201,3 +197,15 @@ def processes():
         ]
     )
     return context
+
+
+def write_corpus(path: Path, count: int, seed: int = 0) -> Path:
+    """Words and tags: CUE for a cue word, FILLER for any other; the second column is chance."""
+    rng = random.Random(seed)
+    blocks = []
+    for _ in range(count):
+        words = rng.choices([*FILLERS, *CUES * 8], k=rng.randint(3, 8))
+        lines = (f"{w}\t{'CUE' if w in CUES else 'FILLER'}\t{rng.choice('ab')}" for w in words)
+        blocks.append("\n".join(lines))
+    path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    return path

@@ -1,12 +1,8 @@
 """Progress, visible in a terminal, in Jupyter and in a batch log, that leaves notebooks clean.
 
-Where it goes is decided by `HEALING_PROGRESS`:
-
-- unset: a Jupyter kernel updates one display in place and removes its text when done; elsewhere it
-  goes to standard error.
-- ``terminal``: to the terminal that started the kernel (`healing run` sets this, so that executed
-  notebooks hold results and not bars).
-- ``quiet``: nowhere (tests).
+Where it goes is decided by `HEALING_PROGRESS`. Unset: a Jupyter kernel updates one display in place
+and empties it when done, elsewhere it goes to standard error. ``terminal``: to the terminal that
+started the kernel (so that executed notebooks hold results and not bars). ``quiet``: nowhere.
 """
 
 from __future__ import annotations
@@ -20,15 +16,6 @@ from tqdm.std import tqdm
 LOG_EVERY = 15.0  # seconds between lines in a batch log, where a bar cannot be redrawn
 
 
-def _in_kernel() -> bool:
-    try:
-        shell = get_ipython()  # type: ignore[name-defined]
-    except NameError:
-        return False
-    # Colab's shell is a subclass of Jupyter's ZMQInteractiveShell.
-    return any("ZMQ" in kind.__name__ for kind in type(shell).__mro__)
-
-
 class Progress:
     """A bar of `total` units: ``with Progress(12, "cells", unit="cell") as bar: bar.update(1)``.
 
@@ -39,57 +26,59 @@ class Progress:
         self.total, self.label, self.unit = total, label, unit
         self.done, self.note = 0, ""
         self.start = self.last = time.monotonic()
-        self._bar = self._display = self._log = None
-        mode = os.environ.get("HEALING_PROGRESS", "")
-        if mode == "quiet":
-            return
+        self._every, self._show = self._where_to(os.environ.get("HEALING_PROGRESS"))
+
+    def _where_to(self, mode: str | None):
+        """Seconds between two looks, and what shows a text; "" at the end leaves nothing behind."""
         stream = sys.__stderr__ if mode == "terminal" else sys.stderr
-        if mode != "terminal" and _in_kernel():
+        if mode == "quiet" or stream is None:
+            return float("inf"), lambda text: None
+        if type(stream).__module__.startswith("ipykernel"):  # Jupyter's and Colab's kernels
             from IPython.display import display
 
-            self._display = display({"text/plain": self._text()}, raw=True, display_id=True)
-        elif stream is not None and stream.isatty():
-            # With miniters=0 a new note is shown although the count stands still.
-            self._bar = tqdm(
-                total=total, desc=label, unit=unit, file=stream, leave=False, miniters=0
-            )
-        else:
-            self._log = stream
+            shown = display({"text/plain": self._text()}, raw=True, display_id=True)
+            return 0.5, lambda text: shown.update({"text/plain": text}, raw=True)
+        if not stream.isatty():
+            return LOG_EVERY, lambda text: text and print(text, file=stream, flush=True)
+
+        def redraw(text: str) -> None:
+            width = (os.get_terminal_size(stream.fileno()).columns or 80) - 1  # 0: not told
+            print(text[:width].ljust(width), end="\r", file=stream, flush=True)
+
+        redraw(self._text())
+        return 0.1, redraw
 
     def _text(self) -> str:
-        elapsed = time.monotonic() - self.start
+        elapsed, width = time.monotonic() - self.start, max(60, 77 - len(self.note))
         meter = tqdm.format_meter(
-            self.done, self.total, elapsed, ncols=79, prefix=self.label, unit=self.unit
+            self.done, self.total, elapsed, ncols=width, prefix=self.label, unit=self.unit
         )
         return f"{meter}  {self.note}".rstrip()
 
     def update(self, n: int = 1, note: str | None = None) -> None:
         self.done += n
         self.note = self.note if note is None else note
-        if self._bar is not None:
-            self._bar.set_postfix_str(self.note, refresh=False)
-            self._bar.update(n)
-            return
-        now = time.monotonic()
-        if self._display is not None and (now - self.last > 0.5 or self.done >= self.total):
-            self.last = now
-            self._display.update({"text/plain": self._text()}, raw=True)
-        elif self._log is not None and (now - self.last > LOG_EVERY):
-            self.last = now
-            print(self._text(), file=self._log, flush=True)
+        if time.monotonic() - self.last > self._every:
+            self.last = time.monotonic()
+            self._show(self._text())
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._display is not None:
-            self._display.update({"text/plain": ""}, raw=True)
-        # Short work needs no line of its own in a log.
-        if self._log is not None and time.monotonic() - self.start > LOG_EVERY:
-            print(self._text(), file=self._log, flush=True)
-        self._bar = self._display = self._log = None
+        if time.monotonic() - self.start > self._every:  # short work needs no line in a log
+            self._show(self._text())
+        self._show("")
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,12 +1,12 @@
 """One record a cell: written whole or not at all, never computed twice, safe beside other runs.
 
-A run's folder may be a mounted drive where file locks mean nothing. So nothing here relies on them:
+A run's folder may be a mounted drive where file locks mean nothing, so that nothing relies on them.
+A record is renamed into place and carries a checksum. A *claim* tells other runs which cell is
+being computed: a file created exclusively and kept fresh by a heartbeat. Should two runs hold the
+same claim after all, both compute the cell, and the second record replaces the first by its equal.
 
-- a record is written under a temporary name, flushed, and renamed into place;
-- it carries a checksum, and one that does not match is named, set aside and computed again;
-- a *claim* tells other runs on the same folder which cell is being computed. It is a file created
-  exclusively and kept fresh by a heartbeat. Should two runs hold the same claim after all, both
-  compute the cell, get the same result, and the second write replaces the first by its equal.
+filelock's SoftFileLease is no substitute: its empty file (a full disk, a drive that went away)
+blocks a cell for ever, and a claim's age counts only from when a contender began to watch it.
 """
 
 from __future__ import annotations
@@ -43,20 +43,29 @@ def digest(value: Any) -> str:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all; a full disk leaves what was there."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise HealingError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # there only where the writing failed
+            temporary.unlink()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 class Store:
@@ -75,8 +84,6 @@ class Store:
     def claim_path(self, key: str) -> Path:
         return self.run / "claims" / f"{key}.json"
 
-    # -- records -----------------------------------------------------------------------------
-
     def write(self, stage: str, key: str, record: dict[str, Any]) -> None:
         record = {**record, "stage": stage, "key": key}
         record["checksum"] = digest(record)
@@ -86,19 +93,15 @@ class Store:
         """The record, or None where there is none. A corrupt one is set aside, which is said."""
         path = self.path(stage, key)
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        except UnicodeDecodeError:
-            text = ""
-        except OSError as error:
-            raise HealingError(f"cannot read {path}: {error.strerror or error}") from error
-        try:
-            record = json.loads(text)
+            record = json.loads(path.read_text(encoding="utf-8"))
             checksum = record.pop("checksum")
             if record["key"] != key or digest(record) != checksum:
                 raise ValueError("its checksum does not match")
             return record
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise HealingError(f"cannot read {path}: {error.strerror or error}") from error
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
             with contextlib.suppress(FileNotFoundError):  # another run was quicker
@@ -111,42 +114,33 @@ class Store:
 
     def records(self, stage: str) -> Iterator[dict[str, Any]]:
         """All whole records of a stage, in the order of their keys."""
-        for path in sorted((self.run / "records" / stage).glob("*.json")):
-            if path.name.startswith("."):
-                continue
-            record = self.read(stage, path.stem)
-            if record is not None:
-                yield record
+        paths = sorted((self.run / "records" / stage).glob("*.json"))
+        yield from filter(None, (self.read(stage, path.stem) for path in paths))
 
     def sweep(self) -> None:
-        """Remove what a killed run left: its claims, and temporary files, of which young ones may
-        be another run's."""
-        for path in self.run.rglob(".*.tmp"):
+        """Remove what a killed run left: claims, and temporary files too old to be another's."""
+        claims = (self.run / "claims").glob("*.json")
+        for path in [*self.run.rglob(".*.tmp"), *claims]:
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE:
+                if path.suffix == ".json":
+                    self.claimed_by_other(path.stem)  # removes it where its run is gone
+                elif time.time() - path.stat().st_mtime > STALE:
                     path.unlink()
-        for path in (self.run / "claims").glob("*.json"):
-            with contextlib.suppress(OSError):
-                self.claimed_by_other(path.stem)  # removes it where its run is gone
-
-    # -- claims ------------------------------------------------------------------------------
 
     def claimed_by_other(self, key: str) -> str | None:
         """Who is computing the cell, or None. A claim whose run is gone is removed."""
         path = self.claim_path(key)
         try:
             age = time.time() - path.stat().st_mtime
-            text = path.read_text(errors="replace")
+            owner = json.loads(path.read_text())["owner"]
+            host, pid, _ = owner.split(":")
+            gone = host == socket.gethostname() and not alive(int(pid))
         except FileNotFoundError:
             return None
-        try:
-            owner = json.loads(text)["owner"]
-            host, pid, _ = owner.split(":")
         except (ValueError, KeyError, TypeError, AttributeError):
-            owner, host, pid = "unknown", "", ""  # cut off while being written
+            owner, gone = "unknown", False  # cut off, or still being written
         if owner == self.owner:
             return None
-        gone = host == socket.gethostname() and pid.isdigit() and not _alive(int(pid))
         if gone or age > STALE:
             path.unlink(missing_ok=True)
             return None
@@ -154,16 +148,12 @@ class Store:
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Claim a cell for the block; yields False where another run has it."""
+        """Claim a cell for the block; yields False where another run has it.
+
+        Another run may have finished the cell between our look and our claim: look again for the
+        record before computing.
+        """
         path = self.claim_path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            mine = not self.claimed_by_other(key) and self._create_claim(path)
-        except OSError as error:
-            raise HealingError(f"cannot claim {path}: {error.strerror or error}") from error
-        if not mine:
-            yield False
-            return
         stop = threading.Event()
 
         def beat() -> None:
@@ -171,38 +161,32 @@ class Store:
                 with contextlib.suppress(OSError):
                     os.utime(path)
 
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
         try:
-            # Another run may have finished the cell between our look and our claim: the caller
-            # looks again for the record before it computes.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mine = not self.claimed_by_other(key) and self._create(path)
+        except OSError as error:
+            raise HealingError(f"cannot claim {path}: {error.strerror or error}") from error
+        if not mine:
+            yield False
+            return
+        heart = threading.Thread(target=beat, daemon=True)
+        heart.start()
+        try:
             yield True
         finally:
             stop.set()
-            thread.join()
+            heart.join()
             with contextlib.suppress(OSError):  # it goes stale without a heartbeat
-                path.unlink(missing_ok=True)
+                path.unlink()
 
-    def _create_claim(self, path: Path) -> bool:
-        """Create the claim's file; False where another run was quicker."""
+    def _create(self, path: Path) -> bool:
+        """Create a claim's file; False where another run was quicker."""
         try:
-            file = open(path, "x")
+            with open(path, "x") as file:
+                file.write(json.dumps({"owner": self.owner, "since": time.time()}))
         except FileExistsError:
             return False
-        try:
-            with file:
-                file.write(json.dumps({"owner": self.owner, "since": time.time()}))
         except OSError:  # a full disk: an empty claim would hold up every run until it is stale
             path.unlink(missing_ok=True)
             raise
         return True
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,26 +1,23 @@
 """Corrupt chosen layers of an encoder: exactly those, the same everywhere, and report it.
 
 `corrupt` plans which parameters a call stands for (`encoders`), asks the *kind* for each one's new
-values and copies them in. The kinds stand in one table, `KINDS`; the next one is a function with a
-docstring under `@_kind`.
+values and copies them in. The next kind is a function with a docstring under `@_kind`.
 
 Values are drawn per parameter, on the CPU in float32, from a generator seeded with the call's seed
 and the parameter's name inside the encoder. So a draw does not depend on the device, the precision,
-the head, the process, or on which other parameters are redrawn, and torch's global random state is
-left alone. (Between processors with and without fused multiply-add, torch's own draws can differ by
-rounding, seen up to 5e-8.)
+the head, the process, or on which other parameters are redrawn. (Between processors with and
+without fused multiply-add, torch's own draws can differ by rounding, seen up to 5e-8.)
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import html
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,91 +34,70 @@ from healing_utils.healing.encoders import (
     resolve_layers,
 )
 
-if TYPE_CHECKING:
-    import pandas
-
-# --- What a kind gets and gives -------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Target:
-    """One parameter to corrupt, as a kind sees it.
-
-    `name` is relative to the encoder, `piece` says its role inside `layer`, `layer_index` where it
-    is; -1 is beside the layers (embeddings, pooler).
-    """
+    """One parameter to corrupt: `piece` of `module`, which is a layer or stands beside the layers
+    (`layer` is then -1). `name` is relative to the encoder."""
 
     name: str
-    layer_index: int
+    layer: int
     piece: Piece
-    parameter: torch.nn.Parameter
-    layer: torch.nn.Module
+    module: torch.nn.Module
     model: torch.nn.Module
 
     @property
-    def rows(self) -> slice:
-        return slice(None) if self.piece.rows is None else self.piece.rows
+    def parameter(self) -> torch.nn.Parameter:
+        return self.module.get_parameter(self.piece.name)
 
-    def replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The whole parameter on the CPU in float32, with the rows meant put through `change`."""
-        values = self.parameter.detach().to("cpu", torch.float32, copy=True)
-        values[self.rows] = change(values[self.rows]).view_as(values[self.rows])
-        return values
+    @property
+    def rows(self) -> slice:
+        return self.piece.rows or slice(None)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The rows meant, a float32 copy on the CPU."""
+        return self.parameter.detach()[self.rows].to("cpu", torch.float32, copy=True)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of corruption.
-
-    `strength` says what its strength means, None where it has none, and `allowed` which values it
-    may have. Where `spares_vectors`, biases and normalisations keep their values. `cannot_heal`
-    names the parts that no gradient can bring back.
-    """
+    """A kind of corruption. `strength` says what its strength means, None where it has none, and
+    `allowed` which values it may have. Where `spares_vectors`, biases and normalisations keep their
+    values. `cannot_heal` names the parts that no gradient can bring back."""
 
     name: str
-    values: Callable[[Target, torch.Generator, float | None], torch.Tensor]
+    draw: Callable[[Target, torch.Generator, float | None], torch.Tensor]
+    summary: str  # the first line of its docstring
     strength: str | None = None
     allowed: tuple[float, float] = (0.0, math.inf)
     spares_vectors: bool = False
     cannot_heal: tuple[str, ...] = ()
-
-    @property
-    def summary(self) -> str:
-        """The first line of the kind's docstring."""
-        return (self.values.__doc__ or "").strip().split("\n")[0]
 
 
 KINDS: dict[str, Kind] = {}
 
 
 def _kind(strength: str | None = None, **properties: Any) -> Callable[[Callable], Callable]:
-    """Enter a function into the table under its own name, with the properties of `Kind`.
-
-    It is called as ``function(target, generator, strength)``, must not change anything, and returns
-    the new values of the *whole* parameter, shaped like it, on the CPU; every random draw uses
-    `generator`.
-    """
+    """Enter ``function(target, generator, strength)`` into the table under its own name, with the
+    properties of `Kind`. It changes nothing, returns new values for the rows meant, on the CPU, and
+    draws from `generator` alone."""
 
     def enter(function: Callable) -> Callable:
-        KINDS[function.__name__] = Kind(function.__name__, function, strength, **properties)
+        name, summary = function.__name__, function.__doc__.split("\n")[0]
+        KINDS[name] = Kind(name, function, summary, strength, **properties)
         return function
 
     return enter
-
-
-# --- The kinds ------------------------------------------------------------------------------------
 
 
 @_kind()
 def reinit(target: Target, generator: torch.Generator, strength: None) -> torch.Tensor:
     """LayerNorm weights 1, every other weight Kaiming-uniform, all biases 0.
 
-    Han, Zhang and Simion (2024), arXiv 2406.14459. Weights are drawn by
-    `torch.nn.init.kaiming_uniform_` with its defaults: uniform within sqrt(6 / fan_in). Torch takes
-    as fan_in the size of all axes but the first: the input width of a linear layer, and for XLNet's
-    raw (d_model, heads, d_head) tensors heads x d_head = d_model, which is the number of inputs
-    summed over in q, k, v, r and o alike. The same convention is kept for XLNet's seg_embed (2,
-    heads, d_head). Its 2-D biases are set to 0.
+    Han, Zhang and Simion (2024), arXiv 2406.14459, with torch's defaults: uniform within
+    sqrt(6 / fan_in), where fan_in is the size of all axes but the first: the input width of a
+    linear layer, and of XLNet's raw (d_model, heads, d_head) tensors too.
     """
     return _kaiming(target, generator, a=0.0)
 
@@ -131,23 +107,24 @@ def reinit_sqrt5(target: Target, generator: torch.Generator, strength: None) -> 
     """As `reinit`, with Kaiming's a at √5: a draw smaller by √6.
 
     Paper A does not say which it used. Torch's own linear layers start so, uniform within
-    1 / sqrt(fan_in), about as wide as BERT's own initial values.
-    """
+    1 / sqrt(fan_in), about as wide as BERT's own initial values."""
     return _kaiming(target, generator, a=math.sqrt(5))
 
 
 def _kaiming(target: Target, generator: torch.Generator, a: float) -> torch.Tensor:
     values = torch.empty(target.parameter.shape, dtype=torch.float32, device="cpu")
     if target.piece.is_bias:
-        return values.zero_()
-    if target.piece.role == "layernorm":
-        return values.fill_(1.0)
-    if values.dim() < 2:
+        values.zero_()
+    elif target.piece.role == "layernorm":
+        values.fill_(1.0)
+    elif values.dim() < 2:
         raise HealingError(
             f"{target.name} is neither a bias nor a LayerNorm, and a weight of shape "
             f"{tuple(values.shape)} has no fan_in: it cannot be redrawn by Kaiming's rule"
         )
-    return torch.nn.init.kaiming_uniform_(values, a=a, generator=generator)
+    else:
+        torch.nn.init.kaiming_uniform_(values, a=a, generator=generator)
+    return values[target.rows]
 
 
 @_kind()
@@ -155,67 +132,49 @@ def init(target: Target, generator: torch.Generator, strength: None) -> torch.Te
     """The model's own initial values, as its architecture draws them before pre-training.
 
     The model's `_init_weights` runs on a copy of the layer in which this parameter is real and
-    every other one is on the meta device, so that nothing else is drawn and the values depend on
-    this parameter's generator alone. For most families that is a normal with the configuration's
-    `initializer_range`, LayerNorms at 1 and biases at 0; XLNet draws its 2-D biases too, and
-    ModernBERT truncates the normal and narrows its output projections with depth.
-    """
-    owners = (module for module in target.model.modules() if hasattr(module, "_init_weights"))
-    initialise = getattr(next(owners, None), "_init_weights", None)
-    if initialise is None:
-        raise HealingError(
-            f"{type(target.model).__name__} has no initialiser of its own (no _init_weights, as "
-            "transformers models have): use kind 'reinit'"
-        )
+    every other one is on the meta device, so that nothing else is drawn. In most families that is a
+    normal with the configuration's `initializer_range`, LayerNorms at 1 and biases at 0."""
+    kind = type(target.model).__name__
+    owners = [module for module in target.model.modules() if hasattr(module, "_init_weights")]
+    if not owners:
+        raise HealingError(f"{kind} has no initialiser of its own: use kind 'reinit'")
     # New Parameter objects also lack the mark by which transformers skips loaded weights.
     fresh = {
         id(parameter): torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-        for parameter in target.layer.parameters()
+        for parameter in target.module.parameters()
     }
     values = torch.full(target.parameter.shape, math.nan, dtype=torch.float32, device="cpu")
     fresh[id(target.parameter)] = torch.nn.Parameter(values, requires_grad=False)
-    blank = copy.deepcopy(target.layer, fresh)
+    blank = copy.deepcopy(target.module, fresh)
     with torch.random.fork_rng(devices=[]):  # initialisers draw from the global generator
         torch.default_generator.set_state(generator.get_state())
         path = target.piece.name.split(".")[:-1]
         for depth in range(len(path), -1, -1):  # the owner, then its parents, as transformers does
-            initialise(blank.get_submodule(".".join(path[:depth])))
-    if torch.isnan(values).any():
+            owners[0]._init_weights(blank.get_submodule(".".join(path[:depth])))
+    if values.isnan().any():
         raise HealingError(
-            f"the initialiser of {type(target.model).__name__} leaves {target.name} alone: "
-            "use kind 'reinit'"
+            f"the initialiser of {kind} leaves {target.name} alone: use kind 'reinit'"
         )
-    return values
+    return values[target.rows]
 
 
 @_kind()
 def matched(target: Target, generator: torch.Generator, strength: None) -> torch.Tensor:
     """Normal values with each tensor's own mean and standard deviation.
 
-    What was learnt is gone and the scale of every tensor is kept: beside `reinit`, whose draws are
-    several times as large, it tells how much of the damage is scale. A tensor whose values are all
-    alike stays as it is.
-    """
-
-    def drawn(values: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(values.shape, generator=generator, device="cpu")
-        return values.mean() + values.std(correction=0) * noise
-
-    return target.replace(drawn)
+    Beside `reinit`, whose draws are several times as large, it tells how much of the damage is
+    scale. A tensor whose values are all alike stays as it is."""
+    values = target.values
+    noise = torch.randn(values.shape, generator=generator, device="cpu")
+    return values.mean() + values.std(correction=0) * noise
 
 
 @_kind("standard deviation of the noise, in units of the tensor's own")
 def noise(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
-    """Gaussian noise added, relative to each tensor's standard deviation.
-
-    A tensor whose values are all alike has no scale and stays as it is.
-    """
-
-    def noisy(values: torch.Tensor) -> torch.Tensor:
-        scale = strength * values.std(correction=0)
-        return values + scale * torch.randn(values.shape, generator=generator, device="cpu")
-
-    return target.replace(noisy)
+    """Gaussian noise added, relative to each tensor's standard deviation."""
+    values = target.values
+    scale = strength * values.std(correction=0)
+    return values + scale * torch.randn(values.shape, generator=generator, device="cpu")
 
 
 @_kind(cannot_heal=("all", "attention", "feed_forward", "embeddings"))
@@ -223,49 +182,37 @@ def zero(target: Target, generator: torch.Generator, strength: None) -> torch.Te
     """Every value 0.
 
     Where a whole block is zero its matrices get no gradient, each one's being a product with
-    another's values: such a block cannot heal, only be passed by through its residual connection.
-    """
-    return target.replace(torch.zeros_like)
+    another's values: it cannot heal, only be passed by through its residual connection."""
+    return torch.zeros_like(target.values)
 
 
 @_kind()
 def permute(target: Target, generator: torch.Generator, strength: None) -> torch.Tensor:
     """The values of each tensor in random order: same distribution, no structure."""
-
-    def shuffled(values: torch.Tensor) -> torch.Tensor:
-        order = torch.randperm(values.numel(), generator=generator, device="cpu")
-        return values.flatten()[order]
-
-    return target.replace(shuffled)
+    values = target.values
+    order = torch.randperm(values.numel(), generator=generator, device="cpu")
+    return values.flatten()[order]
 
 
 @_kind("probability that a value changes its sign", allowed=(0.0, 1.0))
 def sign_flip(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
     """Signs flipped at random, each value's with the same probability."""
-
-    def flipped(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(_chosen(values, strength, generator), -values, values)
-
-    return target.replace(flipped)
+    values = target.values
+    return torch.where(_chosen(values, strength, generator), -values, values)
 
 
 @_kind("probability that a bit flips, each of a value's 32", allowed=(0.0, 1.0))
 def bits_float32(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
     """Random bit flips in the float32 representation, as faulty memory does.
 
-    A flipped exponent bit can make a value huge, infinite or not a number; the report counts those.
-    """
-    return target.replace(lambda values: _flip_bits(values, torch.int32, 32, strength, generator))
+    A flipped exponent bit can make a value infinite or not a number; the report counts those."""
+    return _flip_bits(target.values, torch.int32, 32, strength, generator)
 
 
 @_kind("probability that a bit flips, each of a value's 16", allowed=(0.0, 1.0))
 def bits_bfloat16(target: Target, generator: torch.Generator, strength: float) -> torch.Tensor:
     """Random bit flips in the bfloat16 representation: values are rounded to it, then flipped."""
-
-    def flipped(values: torch.Tensor) -> torch.Tensor:
-        return _flip_bits(values.bfloat16(), torch.int16, 16, strength, generator).float()
-
-    return target.replace(flipped)
+    return _flip_bits(target.values.bfloat16(), torch.int16, 16, strength, generator).float()
 
 
 @_kind("bits a value, from 2 to 16", allowed=(2, 16), spares_vectors=True)
@@ -273,16 +220,10 @@ def quantise(target: Target, generator: torch.Generator, strength: float) -> tor
     """Matrices rounded to 2^bits - 1 levels, symmetric, one scale a row of the first axis.
 
     The scale is the row's largest magnitude (Jacob et al. 2018, section 2, with the zero point at
-    0); a row of torch's linear layers is an output. Nothing is random. Biases and normalisations
-    are spared, as is usual.
-    """
-
-    def rounded(values: torch.Tensor) -> torch.Tensor:
-        rows = values.flatten(1)
-        step = rows.abs().amax(dim=1, keepdim=True) / (2 ** (int(strength) - 1) - 1)
-        return torch.where(step > 0, (rows / step).round() * step, rows)
-
-    return target.replace(rounded)
+    0); a row of torch's linear layers is an output. Biases and normalisations are spared."""
+    rows = target.values.flatten(1)
+    step = rows.abs().amax(dim=1, keepdim=True) / (2 ** (int(strength) - 1) - 1)
+    return torch.where(step > 0, (rows / step).round() * step, rows)
 
 
 @_kind("share of a tensor's values set to 0", allowed=(0.0, 1.0), spares_vectors=True)
@@ -290,15 +231,10 @@ def prune(target: Target, generator: torch.Generator, strength: float) -> torch.
     """The values of smallest magnitude in each matrix set to 0 (Han et al. 2015).
 
     Exactly the share asked for, rounded to whole values; of equal magnitudes the first go first.
-    Nothing is random. Biases and normalisations are spared, as is usual.
-    """
-
-    def pruned(values: torch.Tensor) -> torch.Tensor:
-        flat = values.flatten()
-        smallest = flat.abs().argsort(stable=True)[: round(strength * flat.numel())]
-        return flat.index_fill(0, smallest, 0.0)
-
-    return target.replace(pruned)
+    Biases and normalisations are spared."""
+    flat = target.values.flatten()
+    smallest = flat.abs().argsort(stable=True)[: round(strength * flat.numel())]
+    return flat.index_fill(0, smallest, 0.0)
 
 
 def _chosen(values: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
@@ -318,127 +254,82 @@ def _flip_bits(
     return (values.contiguous().view(whole) ^ mask.to(whole)).view(values.dtype)
 
 
-# --- The report -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TensorChange:
-    """What happened to one parameter, or to the rows of it that were meant.
-
-    `std_before` and `std_after` are population standard deviations; `relative_change` is the norm
-    of the difference over the norm before, None where the tensor was all zeros and is not any more.
-    Figures that are not finite are None; `not_finite` counts the values that are infinite or not a
-    number. `elements` is how many values were put through the kind.
-    """
+    """What happened to one parameter, or to the rows of it that were meant. Figures that are not
+    finite are None."""
 
     name: str
     layer: int
     role: str
     shape: tuple[int, ...]
-    elements: int
+    elements: int  # were put through the kind
     std_before: float | None
     std_after: float | None
-    relative_change: float | None
-    not_finite: int = 0
+    relative_change: float | None  # of the norm; None where all was zero and is not any more
+    not_finite: int = 0  # values that are infinite or not a number now
 
 
 @dataclass(frozen=True)
 class CorruptionReport:
-    """What `corrupt` did. `side` is bottom, top, random, scattered, all (every layer), custom
-    (`layers` were named) or none (a part beside the layers); `level` is the fraction asked for, for
-    custom layers the fraction that they are. `cannot_heal` is set where no gradient can bring the
-    part back.
-    """
+    """What `corrupt` did."""
 
     kind: str
-    side: str
-    level: float
+    side: str  # as asked for; all, custom (`layers` were named) or none (a part beside the layers)
+    level: float  # as asked for, of custom layers the fraction that they are
     layers: tuple[int, ...]
     n_layers: int
     part: str
     strength: float | None
     seed: int
     tensors: tuple[TensorChange, ...]
-    cannot_heal: bool = False
+    cannot_heal: bool = False  # no gradient can bring the part back
 
     @property
     def elements(self) -> int:
-        """Number of values that were overwritten."""
         return sum(tensor.elements for tensor in self.tensors)
 
     @property
     def not_finite(self) -> int:
-        """Number of values that are infinite or not a number now."""
         return sum(tensor.not_finite for tensor in self.tensors)
 
-    def to_frame(self) -> pandas.DataFrame:
-        """One row a tensor, with the columns of `TensorChange`."""
+    def to_frame(self) -> Any:
+        """A data frame: one row a tensor, with the columns of `TensorChange`."""
         import pandas
 
-        names = [field.name for field in fields(TensorChange)]
-        frame = pandas.DataFrame([asdict(tensor) for tensor in self.tensors], columns=names)
         numbers = ["std_before", "std_after", "relative_change"]
-        return frame.astype(dict.fromkeys(numbers, float))
+        return pandas.DataFrame(self.tensors).astype(dict.fromkeys(numbers, float))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, numbers and text, fit for JSON."""
-        record = asdict(self)
-        record["layers"] = list(self.layers)
-        record["tensors"] = [{**t, "shape": list(t["shape"])} for t in record["tensors"]]
-        return record
-
-    def __str__(self) -> str:
-        part = "" if self.part == "all" else f", {self.part} only"
+    def __repr__(self) -> str:
         strength = "" if self.strength is None else f" at strength {self.strength:g}"
-        which = ", ".join(map(str, self.layers))
-        layers = "layer" if len(self.layers) == 1 else "layers"
-        where = (
-            f"in {layers} {which} of {self.n_layers}{part}" if self.layers else f"in {self.part}"
-        )
+        where = self.part
+        if self.layers:
+            layers = "layer" if len(self.layers) == 1 else "layers"
+            where = f"{layers} {', '.join(map(str, self.layers))} of {self.n_layers}"
+            where += "" if self.part == "all" else f", {self.part} only"
         notes = f", {self.not_finite:,} of them not finite" if self.not_finite else ""
-        if self.cannot_heal:
-            notes += "; no gradient can bring them back"
+        notes += "; no gradient can bring them back" if self.cannot_heal else ""
         return (
-            f"{self.kind}{strength} (seed {self.seed}) {where}: "
+            f"{self.kind}{strength} (seed {self.seed}) in {where}: "
             f"{len(self.tensors)} tensors, {self.elements:,} values{notes}"
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p><strong>corrupted</strong> {html.escape(str(self))}</p>"
-
-
-# --- Corrupting -----------------------------------------------------------------------------------
-
 
 def corrupt(
-    model: torch.nn.Module,
-    side: str = "bottom",
-    level: float | str = 0.5,
-    kind: str = "reinit",
-    seed: int = 0,
-    layers: Sequence[int] | str | None = None,
-    part: str = "all",
+    model: torch.nn.Module, side: str = "bottom", level: float | str = 0.5, kind: str = "reinit",
+    seed: int = 0, layers: Sequence[int] | str | None = None, part: str = "all",
     strength: float | None = None,
-) -> CorruptionReport:
+) -> CorruptionReport:  # fmt: skip
     """Corrupt some layers of `model` in place and report what changed.
 
-    Parameters
-    ----------
-    side, level, layers : which layers; see `encoders.resolve_layers`. Of the controls, ``random``
-        takes as many layers drawn by the seed, and ``scattered`` hits a share `level` of the values
-        of every tensor in every layer. Embeddings and pooler are touched only where `part` says so,
-        the head never.
-    kind : a key of `KINDS`.
-    seed : a whole number from 0 up; the same seed gives the same values on every device, in every
-        process and with every head, and in lower precision the cast of the same values.
-    part : a key of `encoders.PARTS`, the default being everything in a layer; or ``embeddings`` or
-        ``pooler``, for which side, level and layers say nothing.
-    strength : for kinds that have one; refused by the others.
+    `side`, `level` and `layers` say which layers, see `encoders.resolve_layers`; the control
+    ``scattered`` hits a share `level` of the values of every tensor in every layer. `kind` is a key
+    of `KINDS`, and `strength` for those that have one. `part` is a key of `encoders.PARTS`, or
+    ``embeddings`` or ``pooler``, for which side, level and layers say nothing; the head is never
+    touched. The same `seed` gives the same values everywhere, in lower precision their cast.
 
     Nothing has changed when it raises HealingError: for an unknown name, a plan that selects
-    nothing, an unsupported model, or a parameter that holds no floating-point values (meta device,
-    quantised).
-    """
+    nothing, an unsupported model, or a parameter that holds no floating-point values."""
     rule = KINDS[choose(kind, KINDS, "kind of corruption")]
     seed = _clean_seed(seed)
     strength = _clean_strength(rule, strength)
@@ -446,20 +337,20 @@ def corrupt(
     choose(part, (*PARTS, *OUTER_PARTS), "part")
     if part in OUTER_PARTS:
         side, level, chosen = "none", 0.0, ()
-        targets = _outer_targets(model, part)
+        found = [(name, -1, module, pieces) for name, module, pieces in outer_parts(model, part)]
     else:
         chosen = resolve_layers(len(stack), side, level, layers, seed)
-        targets = [
-            Target(f"layer.{i}.{piece.name}", i, piece, stack[i].get_parameter(piece.name),
-                   stack[i], model)
-            for i in chosen
-            for piece in part_pieces(stack[i], part)
-        ]  # fmt: skip
+        found = [(f"layer.{i}", i, stack[i], part_pieces(stack[i], part)) for i in chosen]
         if parse_layers(layers) is not None:
             side, level = "custom", len(chosen) / len(stack)
         elif len(chosen) == len(stack) and side != "scattered":
             side = "all"
         level = parse_level(level)
+    targets = [
+        Target(f"{name}.{piece.name}", layer, piece, module, model)
+        for name, layer, module, pieces in found
+        for piece in pieces
+    ]
     if rule.spares_vectors:
         targets = [t for t in targets if t.parameter.dim() > 1 and not t.piece.is_bias]
     if not targets:
@@ -469,10 +360,19 @@ def corrupt(
             + (f" that kind {kind!r} changes: it spares vectors" if rule.spares_vectors else "")
         )
     for target in targets:
-        _check_storage(target)
+        if target.parameter.is_meta:
+            raise HealingError(
+                f"{target.name} is on the meta device: load the weights before corrupting them"
+            )
+        if not target.parameter.is_floating_point():
+            dtype = str(target.parameter.dtype).removeprefix("torch.")
+            raise HealingError(
+                f"{target.name} is stored as {dtype}: only floating-point weights can be "
+                "corrupted (load the model without quantisation)"
+            )
 
     # All is drawn before any is written: a kind that refuses one parameter leaves the model whole.
-    values = [rule.values(target, _generator(seed, target.name), strength) for target in targets]
+    values = [rule.draw(target, _generator(seed, target.name), strength) for target in targets]
     hit = [_scattered(target, level, seed) if side == "scattered" else None for target in targets]
     changes = tuple(map(_write, targets, values, hit))
     return CorruptionReport(
@@ -482,10 +382,7 @@ def corrupt(
 
 
 def parse_kind(value: Any) -> tuple[str, float | None]:
-    """A kind as a plan spells it, ``reinit`` or ``noise=0.5``, as its name and strength.
-
-    Raises HealingError for an unknown kind and for a strength that it does not have or allow.
-    """
+    """A kind as a plan spells it, ``reinit`` or ``noise=0.5``, as its name and strength."""
     name, _, strength = str(value).partition("=")
     rule = KINDS[choose(name.strip(), KINDS, "kind of corruption")]
     return rule.name, _clean_strength(rule, strength.strip() or None)
@@ -495,24 +392,6 @@ def spell_kind(name: str, strength: float | None) -> str:
     """The reverse of `parse_kind`."""
     none = strength is None or math.isnan(strength)
     return name if none else f"{name}={strength:g}"
-
-
-def _outer_targets(model: torch.nn.Module, part: str) -> list[Target]:
-    return [
-        Target(f"{name}.{piece.name}", -1, piece, module.get_parameter(piece.name), module, model)
-        for name, module, pieces in outer_parts(model, part)
-        for piece in pieces
-    ]
-
-
-def _scattered(target: Target, level: float, seed: int) -> torch.Tensor:
-    """Which values of the rows meant are hit: exactly a share `level` of them, rounded."""
-    region = target.parameter[target.rows]
-    generator = _generator(seed, f"scattered:{target.name}")
-    order = torch.randperm(region.numel(), generator=generator, device="cpu")
-    hit = torch.zeros(region.numel(), dtype=torch.bool, device="cpu")
-    hit[order[: round(level * region.numel())]] = True
-    return hit.view(region.shape)
 
 
 def _clean_seed(seed: Any) -> int:
@@ -529,11 +408,11 @@ def _clean_seed(seed: Any) -> int:
 
 def _clean_strength(rule: Kind, strength: Any) -> float | None:
     if rule.strength is None:
-        if strength is not None:
-            raise HealingError(
-                f"kind {rule.name!r} has no strength, but strength={strength!r} was given"
-            )
-        return None
+        if strength is None:
+            return None
+        raise HealingError(
+            f"kind {rule.name!r} has no strength, but strength={strength!r} was given"
+        )
     try:
         value = float(strength)
     except (TypeError, ValueError):
@@ -547,19 +426,6 @@ def _clean_strength(rule: Kind, strength: Any) -> float | None:
     return value
 
 
-def _check_storage(target: Target) -> None:
-    if target.parameter.is_meta:
-        raise HealingError(
-            f"{target.name} is on the meta device: load the weights before corrupting them"
-        )
-    if not target.parameter.is_floating_point():
-        dtype = str(target.parameter.dtype).removeprefix("torch.")
-        raise HealingError(
-            f"{target.name} is stored as {dtype}: only floating-point weights can be corrupted "
-            "(load the model without quantisation)"
-        )
-
-
 def _generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator of its own for each (seed, name), by a hash that no process salts."""
     # Four bytes, because torch's Mersenne twister uses only the low 32 bits of a seed.
@@ -567,23 +433,31 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
+def _scattered(target: Target, level: float, seed: int) -> torch.Tensor:
+    """Which values of the rows meant are hit: exactly a share `level` of them, rounded."""
+    region = target.parameter[target.rows]
+    generator = _generator(seed, f"scattered:{target.name}")
+    order = torch.randperm(region.numel(), generator=generator, device="cpu")
+    hit = torch.zeros(region.numel(), dtype=torch.bool, device="cpu")
+    hit[order[: round(level * region.numel())]] = True
+    return hit.view(region.shape)
+
+
 @torch.no_grad()
 def _write(target: Target, values: torch.Tensor, hit: torch.Tensor | None) -> TensorChange:
-    """Copy the rows meant, or what is `hit` of them, from the new values of the whole parameter;
-    measure the difference."""
-    rows = target.rows
-    region = target.parameter[rows]
+    """Copy the new values of the rows meant, or of what is `hit` of them; measure the change."""
+    rows, region = target.rows, target.parameter[target.rows]
     before = region.detach().to("cpu", torch.float64, copy=True)
-    if hit is None:
-        region.copy_(values[rows])
-    else:
-        region.copy_(torch.where(hit.to(region.device), values[rows].to(region), region))
+    values = values.view(region.shape)
+    if hit is not None:
+        values = torch.where(hit.to(region.device), values.to(region), region)
+    region.copy_(values)
     after = region.detach().to("cpu", torch.float64)
     size, moved = before.norm().item(), (after - before).norm().item()
     sliced = "" if target.piece.rows is None else f"[{rows.start}:{rows.stop}]"
     return TensorChange(
         name=target.name + sliced,
-        layer=target.layer_index,
+        layer=target.layer,
         role=target.piece.role,
         shape=tuple(region.shape),
         elements=region.numel() if hit is None else int(hit.sum()),

@@ -1,23 +1,20 @@
 """Floors: what a task's training texts tell without any layer of the network.
 
 A healed score at or below its floor is no healing, whatever share of the intact score it is. Two
-linear models, scikit-learn's own, learn from the same examples as the network: one reads TF-IDF of
-the words, the other the mean of the network's static token embeddings. The penalty is the one that
-scores best on the held-out examples, the stronger of two that tie.
+linear models of scikit-learn's learn from the same examples as the network. The penalty is the one
+that scores best on the held-out examples, the stronger of two that tie.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from healing_utils.healing.training import score
-
-if TYPE_CHECKING:
-    from healing_utils.texts.tasks import Split
+from healing_utils.texts.tasks import Split
 
 # Weights of the data against the penalty, the strongest penalty first: C of the logistic
 # regression, 1 / alpha of the ridge.
@@ -43,17 +40,20 @@ def tfidf(train: Split, validation: Split, test: Split, classes: int) -> dict[st
 
 
 def static(
-    train: Split,
-    validation: Split,
-    test: Split,
-    classes: int,
+    train: Split, validation: Split, test: Split, classes: int,
     means: Callable[[Sequence[str]], np.ndarray],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The floor of the embeddings, as `tfidf` returns it: the mean of a text's static token
     embeddings by `means`, of pairs both and their absolute difference, standardised."""
     from sklearn.preprocessing import StandardScaler
 
-    parts = [_features(split.texts, means) for split in (train, validation, test)]
+    parts = []
+    for split in (train, validation, test):
+        if isinstance(split.texts[0], str):
+            parts.append(means(split.texts))
+        else:
+            first, second = (means([pair[i] for pair in split.texts]) for i in (0, 1))
+            parts.append(np.hstack([first, second, np.abs(first - second)]))
     scaler = StandardScaler().fit(parts[0])
     return _best([scaler.transform(part) for part in parts], (train, validation, test), classes)
 
@@ -65,20 +65,12 @@ def static_means(
     one's tokens, special ones left out: (texts, width) in float64. A text without a token is 0."""
 
     def means(texts: Sequence[str]) -> np.ndarray:
-        found = tokenizer(
-            list(texts), add_special_tokens=False, truncation=True, max_length=max_length
-        )["input_ids"]
+        cut = {"truncation": True, "max_length": max_length}
+        found = tokenizer(list(texts), add_special_tokens=False, **cut)["input_ids"]
         rows = [table[ids].mean(axis=0, dtype=np.float64) if ids else 0 * table[0] for ids in found]
         return np.stack(rows)
 
     return means
-
-
-def _features(texts: Sequence[Any], means: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
-    if isinstance(texts[0], str):
-        return means(texts)
-    first, second = (means([pair[i] for pair in texts]) for i in (0, 1))
-    return np.hstack([first, second, np.abs(first - second)])
 
 
 def _best(parts: Sequence[Any], splits: Sequence[Split], classes: int) -> dict[str, Any]:
@@ -92,6 +84,7 @@ def _best(parts: Sequence[Any], splits: Sequence[Split], classes: int) -> dict[s
     metric = "spearman" if regression else "f1"
     labels = [np.asarray(s.labels, dtype=np.float64 if regression else np.int64) for s in splits]
     best: dict[str, Any] = {}
+    eye = np.eye(classes)  # answers as `score` takes them, (examples, classes)
     for weight in GRID:
         if regression:
             model = Ridge(alpha=1 / weight).fit(parts[0], labels[0])
@@ -102,14 +95,9 @@ def _best(parts: Sequence[Any], splits: Sequence[Split], classes: int) -> dict[s
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model = LogisticRegression(C=weight, max_iter=1000).fit(parts[0], labels[0])
         held_out, scores = (
-            score(_logits(model.predict(x), classes), y)
+            score(model.predict(x)[:, None] if regression else eye[model.predict(x)], y)
             for x, y in zip(parts[1:], labels[1:], strict=True)
         )
         if not best or held_out[metric] > best["held_out"]:
             best = {"scores": scores, "weight": weight, "held_out": held_out[metric]}
     return best
-
-
-def _logits(said: np.ndarray, classes: int) -> np.ndarray:
-    """Answers in the form that `score` takes, (examples, classes)."""
-    return said[:, None] if classes == 1 else np.eye(classes)[said.astype(int)]

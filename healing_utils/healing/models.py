@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -46,8 +47,6 @@ def _explained(model: str) -> Iterator[None]:
     logger.setLevel(logging.ERROR)  # "newly initialised: classifier" is what we want here
     try:
         yield
-    except HealingError:
-        raise
     except Exception as error:  # safetensors, tokenizers and transformers each have their own
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HealingError(f"cannot load model {model!r}: {cause}") from error
@@ -102,13 +101,11 @@ class MeanPooled(nn.Module):
         self.dropout = nn.Dropout(next((rate for rate in found if rate is not None), 0.1))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
+        self.name_or_path = encoder.name_or_path
+
     @property
     def base_model(self) -> nn.Module:
         return self.encoder
-
-    @property
-    def name_or_path(self) -> str:
-        return self.encoder.name_or_path
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_input_embeddings()
@@ -134,23 +131,17 @@ class MeanPooled(nn.Module):
 
 
 def load_classifier(
-    model: str,
-    num_labels: int,
-    seed: int,
-    revision: str | None = None,
-    scratch: bool = False,
-    regression: bool = False,
-    head: str = "first",
-) -> nn.Module:
+    model: str, num_labels: int, seed: int, revision: str | None = None, scratch: bool = False,
+    regression: bool = False, head: str = "first",
+) -> nn.Module:  # fmt: skip
     """The encoder with a new classification head, in float32 on the CPU.
 
     The head, and a pooler that the checkpoint lacks, are drawn from `seed`, whatever head a
     checkpoint brings, so intact and healed models of one seed start with the same one. `head` is
     the architecture's own, which reads the ``first`` token in most, or the ``mean`` (`MeanPooled`).
-    With `scratch`, every parameter has its random initial value. Only safetensors are read.
-    `loaded` says what a checkpoint held beside the encoder. Raises HealingError where it cannot be
-    read, and where tensors of the encoder are missing, of another shape, or of layers too many.
-    """
+    With `scratch`, every parameter has its random initial value. Only safetensors are read. Raises
+    HealingError where it cannot be read, and where tensors of the encoder are missing, of another
+    shape, or of layers too many."""
     return _load(model, num_labels, seed, revision, scratch, regression, head)[0]
 
 
@@ -170,8 +161,7 @@ def _load(
     choose(head, HEADS, "head")
     folder, what = model_folder(model, revision), AutoModelForSequenceClassification
     problem = "regression" if regression else "single_label_classification"
-    given = {"num_labels": num_labels, "problem_type": problem}
-    missing: set[str] = set()
+    given: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem}
     found: dict[str, list[str]] = {"passed_over": [], "drawn": []}
     with _explained(model), torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every GPU too
@@ -180,99 +170,73 @@ def _load(
             config.dtype = torch.float32
             classifier = what.from_config(config)
         else:
-            classifier, said = what.from_pretrained(
-                folder,
-                **given,
-                dtype=torch.float32,  # checkpoints in half precision would be trained in it
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # told apart below
-                output_loading_info=True,
-            )
-            missing, found = _check_loaded(model, classifier, said)
-    if head == "first" and scratch:
+            # Checkpoints in half precision would be trained in it; sizes are told apart below.
+            given |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+            given |= {"use_safetensors": True, "output_loading_info": True}
+            classifier, said = what.from_pretrained(folder, **given)
+    if not scratch:
+        found = _check_loaded(model, classifier, said)
+    elif head == "first":
         return classifier, found
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
         if head == "mean":
             pooled = MeanPooled(classifier.base_model, classifier.config)
-            _draw(classifier, [pooled.classifier])
+            _draw(classifier, pooled.classifier)
             return pooled, found
-        new = [
-            module
-            for path, module in classifier.named_modules()
-            if any(
-                name in missing or not _in_encoder(classifier, name)
-                for name in (f"{path}.{own}" for own, _ in module.named_parameters(recurse=False))
-            )
-        ]
-        _draw(classifier, new)
+        prefix, drawn = f"{classifier.base_model_prefix}.", found["drawn"]
+        for path, module in classifier.named_modules():
+            names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            if any(name in drawn or not name.startswith(prefix) for name in names):
+                _draw(classifier, module)
     return classifier, found
 
 
-def _draw(classifier: nn.Module, modules: list[nn.Module]) -> None:
-    """Give modules new values by the architecture's own initialiser, in their order."""
-    for module in modules:
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            # New parameters lack the mark by which transformers spares loaded ones.
-            setattr(module, name, nn.Parameter(torch.full_like(parameter, torch.nan)))
-        classifier._init_weights(module)
-        if any(parameter.isnan().any() for parameter in module.parameters(recurse=False)):
-            raise HealingError(
-                f"the initialiser of {type(classifier).__name__} leaves the weights of its "
-                f"{type(module).__name__} alone: its head cannot be drawn"
-            )
+def _draw(classifier: nn.Module, module: nn.Module) -> None:
+    """Give a module new values by the architecture's own initialiser."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        # New parameters lack the mark by which transformers spares loaded ones.
+        setattr(module, name, nn.Parameter(torch.full_like(parameter, torch.nan)))
+    classifier._init_weights(module)
+    if any(parameter.isnan().any() for parameter in module.parameters(recurse=False)):
+        raise HealingError(
+            f"the initialiser of {type(classifier).__name__} leaves the weights of its "
+            f"{type(module).__name__} alone: its head cannot be drawn"
+        )
 
 
-def _in_encoder(classifier: nn.Module, name: str) -> bool:
-    return name.startswith(f"{classifier.base_model_prefix}.")
-
-
-def _check_loaded(
-    model: str, classifier: nn.Module, said: dict[str, Any]
-) -> tuple[set[str], dict[str, list[str]]]:
-    """The names that a checkpoint lacked, and what `loaded` returns; raises HealingError where the
-    encoder is not whole."""
+def _check_loaded(model: str, classifier: nn.Module, said: dict[str, Any]) -> dict[str, list[str]]:
+    """What `loaded` returns; raises HealingError where the encoder is not whole."""
     parameters = {id(p): name for name, p in classifier.named_parameters()}
     poolers = set()
     with contextlib.suppress(HealingError):
         found = outer_parts(classifier, "pooler")
         poolers = {parameters[id(p)] for _, module, _ in found for p in module.parameters()}
-    other = {name: shapes for name, *shapes in said["mismatched_keys"]}
-    missing = set(said["missing_keys"]) | set(other)
-    lost = sorted(n for n in missing - poolers if _in_encoder(classifier, n))
-    if lost:
-        shown = ", ".join(
-            f"{n} is {tuple(other[n][0])} and not {tuple(other[n][1])}" if n in other
-            else f"{n} is missing"
-            for n in lost[:3]
-        )  # fmt: skip
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    prefix = f"{classifier.base_model_prefix}."
+    lost = {name: f"{name} is missing" for name in said["missing_keys"]}
+    for name, there, wanted in said["mismatched_keys"]:
+        lost[name] = f"{name} is {tuple(there)} and not {tuple(wanted)}"
+    shown = [lost[name] for name in sorted(lost) if name.startswith(prefix) and name not in poolers]
+    if shown:
         raise HealingError(
             f"cannot load model {model!r}: its file does not hold the encoder that its "
-            f"configuration describes: {shown}{more}"
+            f"configuration describes: {', '.join(shown[:3])}"
+            + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
         )
-    prefix, there = f"{classifier.base_model_prefix}.", layer_parameters(classifier)
-    first = parameters[id(next(iter(there.values())))]
-    stack = first.removeprefix(prefix).split(".0.")[0] + "."
-    layers = {name.split(".")[1] for name in there}  # their numbers
-
-    def is_beyond(name: str) -> bool:
-        """Whether a tensor belongs to a layer that the configuration does not have."""
-        inside = name.removeprefix(prefix)
-        number = inside.removeprefix(stack).split(".")[0]
-        return inside.startswith(stack) and number.isdigit() and number not in layers
-
-    beyond = sorted(filter(is_beyond, said["unexpected_keys"]))
+    layers = layer_parameters(classifier)
+    first = parameters[id(next(iter(layers.values())))]
+    stack = first.removeprefix(prefix).split(".0.")[0]
+    numbered = re.compile(rf"({re.escape(prefix)})?{re.escape(stack)}\.(\d+)\.")
+    passed = sorted(said["unexpected_keys"])
+    known = {name.split(".")[1] for name in layers}
+    beyond = [name for name in passed if (m := numbered.match(name)) and m[2] not in known]
     if beyond:
         raise HealingError(
             f"cannot load model {model!r}: its file holds {beyond[0]}"
             + (f" and {len(beyond) - 1} more" if len(beyond) > 1 else "")
             + ", for which its configuration has no layer"
         )
-    return missing, {
-        "passed_over": sorted(said["unexpected_keys"]),
-        "drawn": sorted(missing & poolers),
-    }
+    return {"passed_over": passed, "drawn": sorted(poolers & lost.keys())}
 
 
 @lru_cache(maxsize=8)
@@ -287,10 +251,8 @@ def identity(model: str, revision: str | None = None) -> str:
     tokenizer = sorted(file for pattern in TOKENIZER for file in folder.glob(pattern))
     for file in [folder / "config.json", *weights, *tokenizer]:
         if file.is_file():
-            content = hashlib.sha256()
             with open(file, "rb") as opened:
-                while block := opened.read(1 << 24):
-                    content.update(block)
+                content = hashlib.file_digest(opened, "sha256")
             hashed.update(f"{file.name} {content.hexdigest()}\n".encode())
     return f"sha256:{hashed.hexdigest()[:20]}"
 

@@ -1,16 +1,15 @@
 """First aid: ways to bring a corrupted encoder back on a task.
 
 `heal` takes a corrupted classifier and a recipe of `RECIPES`, and leaves the healed model in place.
-A recipe may change the model first (redraw, transplant or drop layers, warm it up), may choose
-which parameters learn and how fast, and then fine-tunes. All recipes see the same number of
-training tokens: what a warm-up uses is taken off the fine-tuning. The next recipe is a function
-with a docstring under `@_recipe`.
+A recipe may change the model first, may choose which parameters learn and how fast, and then the
+model is fine-tuned. All recipes see the same number of training tokens: what a warm-up uses is
+taken off the fine-tuning. The next recipe is a function with a docstring under `@_recipe`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch.nn import functional as F
 
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.healing.corruption import corrupt
-from healing_utils.healing.encoders import _stack, encoder_layers, outer_parts, parse_layers
-from healing_utils.healing.training import Encoded, Training, fine_tune, seeded
+from healing_utils.healing.encoders import encoder_layers, layer_stack, outer_parts, parse_layers
+from healing_utils.healing.examples import Encoded
+from healing_utils.healing.training import Training, fine_tune, seeded
 
 # Raised whenever a change makes the same recipe, `full` left out, give other numbers.
 NUMERICS = 1
@@ -34,30 +34,39 @@ MASKED = 0.15  # share of tokens that the warm-up masks (Devlin et al. 2019, sec
 
 @dataclass
 class Patient:
-    """A corrupted classifier and what a recipe may use to heal it.
-
-    `layers` are the corrupted ones; `pristine` gives a new copy of the model as it was before the
-    damage; `teacher` is an intact fine-tuned model; `tokenizer` belongs to the model. A recipe may
-    set `rates`, factors of the learning rate by parameter name, and `after`, done when training has
-    ended; `warm_up` is what a warm-up did.
-    """
+    """A corrupted classifier and what a recipe may use to heal it, or set."""
 
     model: nn.Module
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # the corrupted ones
     train: Encoded
     seed: int
-    settings: dict[str, Any]
-    pristine: Callable[[], nn.Module] | None = None
-    teacher: nn.Module | None = None
+    settings: dict[str, Any]  # of `fine_tune`
+    pristine: Callable[[], nn.Module] | None = None  # gives a copy from before the damage
+    teacher: nn.Module | None = None  # an intact fine-tuned model
     tokenizer: Any = None
-    rates: dict[str, float] = field(default_factory=dict)
-    after: list[Callable[[], None]] = field(default_factory=list)
-    warm_up: Training | None = None
+    rates: dict[str, float] = field(default_factory=dict)  # factors by parameter name
+    after: Callable[[], object] | None = None  # done when training has ended
+    warm_up: Training | None = None  # what a warm-up did
 
     @property
     def sick(self) -> list[nn.Module]:
         stack = encoder_layers(self.model)
         return [stack[i] for i in self.layers]
+
+    @property
+    def head(self) -> set[str]:
+        """Names of the parameters outside of the encoder, and of its pooler, which works for it."""
+        encoder = {id(p) for p in self.model.base_model.parameters()}
+        with contextlib.suppress(HealingError):
+            poolers = outer_parts(self.model, "pooler")
+            encoder -= {id(p) for _, module, _ in poolers for p in module.parameters()}
+        return {name for name, p in self.model.named_parameters() if id(p) not in encoder}
+
+    def train_only(self, kept: Iterable[nn.Parameter]) -> None:
+        """Freeze all but the head and the parameters `kept`."""
+        head, ids = self.head, {id(p) for p in kept}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in head or id(parameter) in ids)
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,8 @@ class Recipe:
 
     name: str
     prepare: Callable[[Patient], None]
+    summary: str  # the first line of its docstring
     needs: tuple[str, ...]
-
-    @property
-    def summary(self) -> str:
-        """The first line of the recipe's docstring."""
-        return (self.prepare.__doc__ or "").strip().split("\n")[0]
 
 
 RECIPES: dict[str, Recipe] = {}
@@ -79,13 +84,11 @@ RECIPES: dict[str, Recipe] = {}
 
 def _recipe(*needs: str) -> Callable[[Callable], Callable]:
     def enter(function: Callable) -> Callable:
-        RECIPES[function.__name__] = Recipe(function.__name__, function, needs)
+        name, summary = function.__name__, function.__doc__.split("\n")[0]
+        RECIPES[name] = Recipe(name, function, summary, needs)
         return function
 
     return enter
-
-
-# --- What learns ----------------------------------------------------------------------------------
 
 
 @_recipe()
@@ -96,7 +99,7 @@ def full(patient: Patient) -> None:
 @_recipe()
 def corrupted_only(patient: Patient) -> None:
     """Only the corrupted layers and the head learn (surgical fine-tuning, Lee et al. 2023)."""
-    _only(patient, {id(p) for layer in patient.sick for p in layer.parameters()})
+    patient.train_only(p for layer in patient.sick for p in layer.parameters())
 
 
 @_recipe()
@@ -109,7 +112,7 @@ def corrupted_frozen(patient: Patient) -> None:
 @_recipe()
 def head_only(patient: Patient) -> None:
     """Only the head learns: what the damaged features still tell (a linear probe)."""
-    _only(patient, set())
+    patient.train_only([])
 
 
 @_recipe()
@@ -117,9 +120,8 @@ def norms_and_biases(patient: Patient) -> None:
     """Only normalisations, biases and the head learn (BitFit, Ben Zaken et al. 2022)."""
     base = patient.model.base_model
     norms = [m for m in base.modules() if "norm" in type(m).__name__.lower()]
-    kept = {id(p) for m in norms for p in m.parameters()}
-    kept |= {id(p) for name, p in base.named_parameters() if name.endswith("bias")}
-    _only(patient, kept)
+    kept = [p for norm in norms for p in norm.parameters()]
+    patient.train_only(kept + [p for name, p in base.named_parameters() if name.endswith("bias")])
 
 
 @_recipe()
@@ -127,73 +129,48 @@ def layerwise_decay(patient: Patient) -> None:
     """Every parameter learns, each layer at 0.8 times the rate of the one above it.
 
     Howard and Ruder (2018, section 3.2); the embeddings are below the first layer, the head learns
-    at the whole rate.
-    """
-    stack = encoder_layers(patient.model)
+    at the whole rate."""
+    embeddings = [module for _, module, _ in outer_parts(patient.model, "embeddings")]
+    levels = [embeddings, *([layer] for layer in encoder_layers(patient.model))]
     factors = {
-        id(p): DECAY ** (len(stack) - i)
-        for i, layer in enumerate(stack)
-        for p in layer.parameters()
+        id(p): DECAY ** (len(levels) - i)
+        for i, level in enumerate(levels)
+        for module in level
+        for p in module.parameters()
     }
-    for _, module, _ in outer_parts(patient.model, "embeddings"):
-        factors |= {id(p): DECAY ** (len(stack) + 1) for p in module.parameters()}
-    patient.rates = {
-        name: factors[id(p)] for name, p in patient.model.named_parameters() if id(p) in factors
-    }
+    named = patient.model.named_parameters()
+    patient.rates = {name: factors[id(p)] for name, p in named if id(p) in factors}
 
 
 @_recipe()
 def low_rank(patient: Patient) -> None:
     """Low-rank adapters of every matrix in the layers learn, and the head (Hu et al. 2022).
 
-    Rank 8, scaled by 2, as peft sets them up; merged into the weights when training has ended.
-    """
+    Rank 8, scaled by 2, as peft sets them up; merged into the weights when training has ended."""
     from peft import LoraConfig, get_peft_model
 
-    stack = encoder_layers(patient.model)
-    inside = {id(m) for layer in stack for m in layer.modules() if type(m) is nn.Linear}
-    targets = [name for name, m in patient.model.named_modules() if id(m) in inside]
+    model, head = patient.model, patient.head
+    inside = {id(m) for layer in encoder_layers(model) for m in layer.modules()}
+    targets = [n for n, m in model.named_modules() if type(m) is nn.Linear and id(m) in inside]
     if not targets:
         raise HealingError(
-            f"{type(patient.model).__name__} keeps its weights outside of linear layers: "
+            f"{type(model).__name__} keeps its weights outside of linear layers: "
             "low-rank adapters have nothing to adapt"
         )
-    head = _head_names(patient.model)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)
     with seeded(patient.seed, torch.device("cpu")):  # the adapters' first values
-        adapted = get_peft_model(
-            patient.model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)
-        )
-    for name, parameter in patient.model.named_parameters():
+        adapted = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
         if name in head:
             parameter.requires_grad_(True)
-    patient.after.append(lambda: adapted.merge_and_unload())
-
-
-def _only(patient: Patient, kept: set[int]) -> None:
-    """Freeze all but the head and the parameters whose ids are `kept`."""
-    head = _head_names(patient.model)
-    for name, parameter in patient.model.named_parameters():
-        parameter.requires_grad_(name in head or id(parameter) in kept)
-
-
-def _head_names(model: nn.Module) -> set[str]:
-    """Names of the parameters outside of the encoder; its pooler counts to the head, for which it
-    works."""
-    encoder = {id(p) for p in model.base_model.parameters()}
-    with contextlib.suppress(HealingError):
-        encoder -= {id(p) for _, m, _ in outer_parts(model, "pooler") for p in m.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) not in encoder}
-
-
-# --- What is done before --------------------------------------------------------------------------
+    patient.after = adapted.merge_and_unload
 
 
 @_recipe("pristine")
 def matched_redraw(patient: Patient) -> None:
     """The corrupted layers are drawn again at each tensor's original scale, then all learns.
 
-    Needs only a mean and a standard deviation a tensor of the healthy model (kind `matched`).
-    """
+    Needs only a mean and a standard deviation a tensor of the healthy model (kind `matched`)."""
     donor = patient.pristine()
     corrupt(donor, layers=patient.layers, kind="matched", seed=patient.seed)
     theirs = encoder_layers(donor)
@@ -218,25 +195,21 @@ def transplant(patient: Patient) -> None:
         if not healthy:
             raise HealingError(f"there is no healthy layer to transplant in place of layer {i}")
         donor = stack[min(healthy, key=lambda j: (abs(i - j), j))]
-        with torch.no_grad():
-            for name, parameter in stack[i].named_parameters():
-                parameter.copy_(donor.get_parameter(name))
+        stack[i].load_state_dict(donor.state_dict(), strict=False)
 
 
 @_recipe()
 def drop(patient: Patient) -> None:
     """The corrupted layers are taken out, then all that is left learns (Sajjad et al. 2023)."""
-    model, config = patient.model, patient.model.config
-    stack = _stack(model)  # the model's own list, and not a copy of it
+    stack, config = layer_stack(patient.model), patient.model.config
     if len(patient.layers) == len(stack):
         raise HealingError("every layer is corrupted: nothing would be left")
     for i in reversed(patient.layers):
         del stack[i]
     config.num_hidden_layers = len(stack)
     if isinstance(getattr(config, "layer_types", None), list):
-        config.layer_types = [
-            kind for i, kind in enumerate(config.layer_types) if i not in patient.layers
-        ]
+        kinds = enumerate(config.layer_types)
+        config.layer_types = [kind for i, kind in kinds if i not in patient.layers]
 
 
 @_recipe("tokenizer")
@@ -244,9 +217,8 @@ def mlm_warm_up(patient: Patient) -> None:
     """A third of the tokens for masked language modelling on the task's texts, then all learns.
 
     Gururangan et al. (2020), task-adaptive pre-training; 15 % of the tokens, of which 80 % become
-    the mask, 10 % another piece and 10 % stay (Devlin et al. 2019). The head of the language model
-    is new and its output is tied to the embeddings.
-    """
+    the mask, 10 % another piece and 10 % stay (Devlin et al. 2019). The language model's head is
+    new and its output is tied to the embeddings."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     tokenizer, model = patient.tokenizer, patient.model
@@ -284,10 +256,9 @@ def distillation(patient: Patient) -> None:
     """A third of the tokens for the intact model's hidden states, then all learns.
 
     Mean squared error over all layers and real tokens, in units of each layer's own variance (after
-    Sun et al. 2019 and Jiao et al. 2020). The teacher is the fine-tuned intact model.
-    """
+    Sun et al. 2019 and Jiao et al. 2020). The teacher is the fine-tuned intact model."""
     model, teacher = patient.model, patient.teacher
-    teacher.eval()
+    teacher.to(next(model.parameters()).device).eval()
 
     def objective(batch: dict[str, torch.Tensor], rows: np.ndarray) -> torch.Tensor:
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -300,26 +271,20 @@ def distillation(patient: Patient) -> None:
         )
         return len(rows) * loss / (len(got) - 1)
 
-    teacher.to(next(model.parameters()).device)
     _warm_up(patient, model, objective)
 
 
 def _warm_up(patient: Patient, model: nn.Module, objective: Callable[..., torch.Tensor]) -> None:
-    settings = dict(patient.settings)
-    epochs = settings["epochs"]
-    settings["epochs"], patient.settings["epochs"] = WARM_UP * epochs, (1 - WARM_UP) * epochs
-    patient.warm_up = fine_tune(
-        model, patient.train, objective=objective, seed=patient.seed, **settings
-    )
-
-
-# --- Healing --------------------------------------------------------------------------------------
+    epochs = patient.settings["epochs"]
+    given = {**patient.settings, "epochs": WARM_UP * epochs, "seed": patient.seed}
+    patient.warm_up = fine_tune(model, patient.train, objective=objective, **given)
+    patient.settings["epochs"] = (1 - WARM_UP) * epochs
 
 
 @dataclass(frozen=True)
 class Healing:
-    """What `heal` did: the fine-tuning, a warm-up where there was one, and how many parameters
-    learnt of how many."""
+    """What `heal` did: the fine-tuning, a warm-up where there was one, and how many of the
+    parameters learnt."""
 
     recipe: str
     training: Training
@@ -329,30 +294,18 @@ class Healing:
 
 
 def heal(
-    model: nn.Module,
-    recipe: str = "full",
-    *,
-    layers: Sequence[int] | str,
-    train: Encoded,
-    validation: Encoded | None = None,
-    pristine: Callable[[], nn.Module] | None = None,
-    teacher: nn.Module | None = None,
-    tokenizer: Any = None,
-    seed: int = 0,
-    epochs: float = 2,
+    model: nn.Module, recipe: str = "full", *, layers: Sequence[int] | str, train: Encoded,
+    validation: Encoded | None = None, pristine: Callable[[], nn.Module] | None = None,
+    teacher: nn.Module | None = None, tokenizer: Any = None, seed: int = 0, epochs: float = 2,
     **settings: Any,
-) -> Healing:
+) -> Healing:  # fmt: skip
     """Heal a classifier whose `layers` are corrupted, in place.
 
     `train` and `validation` are what `training.encode` returns; `settings` are those of
-    `fine_tune`. `pristine` (a function that loads the undamaged model), `teacher` (an intact
-    fine-tuned model) and `tokenizer` are used by the recipes that need them, see `RECIPES`. Every
-    recipe trains on ``epochs`` passes' worth of tokens in all. When it has ended, every parameter
-    requires a gradient again.
-
-    Raises HealingError for an unknown recipe, one that lacks what it needs or cannot be applied to
-    this damage or model, and as `fine_tune` does.
-    """
+    `fine_tune`; `pristine`, `teacher` and `tokenizer` are for the recipes that need them, see
+    `Patient`. Every recipe trains on ``epochs`` passes' worth of tokens in all. Raises HealingError
+    for an unknown recipe, one that lacks what it needs or cannot be applied to this damage or
+    model, and as `fine_tune` does."""
     chosen = RECIPES[choose(recipe, RECIPES, "recipe")]
     corrupted = parse_layers(layers)
     if corrupted is None:
@@ -369,11 +322,10 @@ def heal(
     if not learning:
         raise HealingError(f"recipe {recipe!r} leaves nothing to learn in {type(model).__name__}")
     counts = sum(p.numel() for p in learning), sum(p.numel() for p in model.parameters())
-    training = fine_tune(
-        model, train, validation, seed=seed, rates=patient.rates, **patient.settings
-    )
-    for step in patient.after:
-        step()
+    given = {"seed": seed, "rates": patient.rates, **patient.settings}
+    training = fine_tune(model, train, validation, **given)
+    if patient.after:
+        patient.after()
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in before or bool(patient.after))
     return Healing(recipe, training, patient.warm_up, *counts)

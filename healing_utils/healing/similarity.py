@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from healing_utils.healing.training import Encoded, collate
+from healing_utils.healing.examples import Encoded, collate
 
 
 @torch.inference_mode()
@@ -38,34 +38,23 @@ def layer_similarity(
     """
     if isinstance(intact, nn.Module):
         intact = layer_states(intact, data)
-    cosines: list[torch.Tensor] = []
-    streams: list[torch.Tensor] = []
-    crosses: list[dict[str, torch.Tensor]] = []
-    tokens = 0
+    found = []
     for pair in zip(intact, layer_states(other, data), strict=True):
         x, y = (p.double() for p in pair)
-        cosines.append(torch.cosine_similarity(x, y, dim=-1).sum(dim=1))
-        streams.append(_stream(y))
-        crosses.append(
-            {
-                "xy": x.mT @ y, "xx": x.mT @ x, "yy": y.mT @ y, "x": x.sum(1), "y": y.sum(1),
-            }
-        )  # fmt: skip
-        tokens += x.shape[1]
-    total = {name: sum(c[name] for c in crosses) for name in crosses[0]}
+        cosine = torch.cosine_similarity(x, y, dim=-1).sum(dim=1)
+        found.append((cosine, _stream(y), x.mT @ y, x.mT @ x, y.mT @ y, x.sum(1), y.sum(1)))
+    cosine, stream, xy, xx, yy, x, y = (sum(batches) for batches in zip(*found, strict=True))
 
     def centred(product: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Squared Frobenius norm of the centred cross product, (layers + 1,)."""
-        return (product - a[:, :, None] * b[:, None, :] / tokens).square().sum(dim=(1, 2))
+        mean = a[:, :, None] * b[:, None, :] / data.tokens
+        return (product - mean).square().sum(dim=(1, 2))
 
-    hsic = centred(total["xy"], total["x"], total["y"])
-    norms = centred(total["xx"], total["x"], total["x"]) * centred(
-        total["yy"], total["y"], total["y"]
-    )
+    norms = centred(xx, x, x) * centred(yy, y, y)
     return {
-        "cosine": (sum(cosines) / tokens).tolist(),
-        "cka": (hsic / norms.sqrt()).tolist(),
-        "stream": (sum(streams) / tokens).tolist(),
+        "cosine": (cosine / data.tokens).tolist(),
+        "cka": (centred(xy, x, y) / norms.sqrt()).tolist(),
+        "stream": (stream / data.tokens).tolist(),
     }
 
 
@@ -73,8 +62,7 @@ def layer_similarity(
 def passing_stream(model: nn.Module, data: Encoded) -> list[float]:
     """How much of the embeddings' output still stands in every layer's: their cosine, the mean over
     all real tokens of `data`, embeddings (1) first: (layers + 1,)."""
-    sums = [_stream(states.double()) for states in layer_states(model, data)]
-    return (sum(sums) / data.tokens).tolist()
+    return (sum(_stream(s.double()) for s in layer_states(model, data)) / data.tokens).tolist()
 
 
 def _stream(states: torch.Tensor) -> torch.Tensor:

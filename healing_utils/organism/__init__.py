@@ -45,33 +45,36 @@ def folder() -> Path:
     )
 
 
-def _labelled(task: str, writer: Writer) -> tuple[Sentence, int]:
-    """One sentence of a task with its label; classes are equally likely."""
-    if task == "sentiment":
+def _draw(text: str, writer: Writer) -> tuple[Sentence, int]:
+    """One sentence of a task, or of the tagged ones, with its label; classes are equally likely."""
+    if text == "sentiment":
         sentence = writer.sentence(polar=1.0)
         return sentence, int(sentence.polarity > 0)
-    if task == "topic":
+    if text == "topic":
         sentence = writer.sentence(polar=0.3)
         while not any(word.topic for word in sentence.tokens):
             sentence = writer.sentence(polar=0.3)
         return sentence, TOPICS.index(sentence.topic)
-    sentence = writer.agreement_pair()[writer.chance(0.5)]
-    return sentence, int(sentence.acceptable)
+    if text == "acceptability":
+        sentence = writer.agreement_pair()[writer.chance(0.5)]
+        return sentence, int(sentence.acceptable)
+    return writer.sentence(), 0
 
 
 @cache
-def _splits(task: str) -> dict[str, list[tuple[Sentence, int]]]:
+def splits(text: str) -> dict[str, list[tuple[Sentence, int]]]:
+    """The sentences of a task, or of "tags", by split; none stands in two, or twice."""
     seen: set[str] = set()
-    splits: dict[str, list[tuple[Sentence, int]]] = {}
+    found: dict[str, list[tuple[Sentence, int]]] = {}
     for split, count in SPLITS.items():
-        writer = Writer(f"{task} {split}", known_only=split == "train")
-        splits[split] = []
-        while len(splits[split]) < count:
-            pair = _labelled(task, writer)
-            if pair[0].text not in seen:
-                seen.add(pair[0].text)
-                splits[split].append(pair)
-    return splits
+        writer = Writer(f"{text} {split}", known_only=split == "train")
+        found[split] = []
+        while len(found[split]) < count:
+            sentence, label = _draw(text, writer)
+            if sentence.text not in seen:
+                seen.add(sentence.text)
+                found[split].append((sentence, label))
+    return found
 
 
 def sentence_task(name: str) -> dict[str, tuple[list[str], list[int]]]:
@@ -83,24 +86,8 @@ def sentence_task(name: str) -> dict[str, tuple[list[str], list[int]]]:
     choose(name, TASKS, "task of the organism")
     return {
         split: ([sentence.text for sentence, _ in pairs], [label for _, label in pairs])
-        for split, pairs in _splits(name).items()
+        for split, pairs in splits(name).items()
     }
-
-
-@cache
-def _tagged(split: str) -> list[Sentence]:
-    seen: set[str] = set()
-    for other in SPLITS:
-        writer = Writer(f"tags {other}", known_only=other == "train")
-        sentences: list[Sentence] = []
-        while len(sentences) < SPLITS[other]:
-            sentence = writer.sentence()
-            if sentence.text not in seen:
-                seen.add(sentence.text)
-                sentences.append(sentence)
-        if other == split:
-            return sentences
-    raise AssertionError(split)
 
 
 def tagged_sentences(split: str) -> list[tuple[list[str], dict[str, list[str]]]]:
@@ -109,7 +96,7 @@ def tagged_sentences(split: str) -> list[tuple[list[str], dict[str, list[str]]]]
     Punctuation marks are words. Raises HealingError for an unknown split.
     """
     choose(split, SPLITS, "split of the organism")
-    return [(sentence.words, sentence.tags) for sentence in _tagged(split)]
+    return [(sentence.words, sentence.tags) for sentence, _ in splits("tags")[split]]
 
 
 def raw_text(count: int, seed: int = 0) -> Iterator[str]:
@@ -121,7 +108,7 @@ def raw_text(count: int, seed: int = 0) -> Iterator[str]:
         sentence.text
         for task in TASKS
         for split in ("validation", "test")
-        for sentence, _ in _splits(task)[split]
+        for sentence, _ in splits(task)[split]
     }
     writer = Writer(f"raw {seed}", style=RAW)
     while count > 0:

@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import random
 from bisect import bisect
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .vocabulary import add_s, article, held_out, lexicon, past, plural
+from .vocabulary import add_s, article, held_out, lexicon, lists, past
 
 TOPICS = ("arts", "sport", "food", "science")
 SIGN = {1: "positive", -1: "negative"}
 SHORTEST, LONGEST = 8, 16  # words, punctuation counted
-# Determiners: singular, plural, and whether the word itself shows its number.
-DETERMINERS = (
-    ("the", "the", 10), ("this", "these", 3), ("that", "those", 3), ("every", "all", 1.5),
-    ("each", "many", 1.0), ("a", "several", 5), ("my", "my", 1), ("our", "our", 1),
-    ("her", "her", 1), ("their", "their", 1),
+# What a clause with a polarity is built around, in how many places a polar word can stand beside
+# it, and how often.
+FRAMES = (
+    ("copula", 3), ("linking", 2), ("noun", 2), ("liking", 3), ("affecting", 3), ("faring", 3),
+    ("topical", 3),
 )  # fmt: skip
-DEFINITE = ("the", "this", "these", "that", "those", "my", "our", "her", "their")
+FRAME_WEIGHTS = (3, 1, 1, 3, 2.5, 2, 2)
 
 
 class Word(NamedTuple):
@@ -43,14 +43,16 @@ class Word(NamedTuple):
     topic: str = ""
 
 
-AND = Word("and", "CCONJ", "conjunction")
-
-
 class Phrase(NamedTuple):
     """A chunk: its label ("O" for words outside any chunk) and its words."""
 
     label: str
     words: list[Word]
+
+
+AND = Word("and", "CCONJ", "conjunction")
+NOT = Word("not", "PART", "negation")
+COMMA, STOP = (Phrase("O", [Word(mark, "PUNCT", "punctuation")]) for mark in ",.")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Sentence:
 
     @property
     def words(self) -> list[str]:
-        words = [word.text for word in self.tokens]
-        return [words[0][0].upper() + words[0][1:], *words[1:]]
+        first, *others = (word.text for word in self.tokens)
+        return [first[0].upper() + first[1:], *others]
 
     @property
     def text(self) -> str:
@@ -102,16 +104,7 @@ class Style(NamedTuple):
 
 # Raw text says what it feels more plainly than the tasks do: that is what makes the polarity of
 # words learnable from it in minutes.
-RAW = Style(
-    negation=0.2,
-    kinds=(4, 2, 1, 2),
-    cues=(2, 3, 4),
-    clause_cues=(2,),
-    leading=0.5,
-    pairs=0.6,
-    flatness=1.0,
-    comment=0.35,
-)
+RAW = Style(0.2, (4, 2, 1, 2), (2, 3, 4), (2,), leading=0.5, pairs=0.6, flatness=1.0, comment=0.35)
 
 
 @cache
@@ -127,11 +120,28 @@ def _weighted(
     return [entry for entry, _ in weighted], list(accumulate(weight for _, weight in weighted))
 
 
+@cache
+def _determiners() -> tuple[list[list[Any]], list[float]]:
+    listed = lists()["determiners"]
+    return listed, list(accumulate(weight for *_, weight in listed))
+
+
+def joined(words: list[Word]) -> list[Word]:
+    """With "and" between them."""
+    return words[:1] + [w for word in words[1:] for w in (AND, word)]
+
+
+def agreeing(numbers: tuple[str, str], many: bool, pos: str, sem: str, topic: str = "") -> Word:
+    """A word in its singular or plural form."""
+    text, other = numbers[many], numbers[not many]
+    return Word(text, pos, sem, other if other != text else "", topic)
+
+
 class Writer:
     """Writes random sentences, all choices from one `random.Random(seed)`.
 
-    `known_only` leaves out the held-out words, as labelled training data must. `style` says how
-    often it negates, contrasts, and comments.
+    `known_only` leaves out the held-out words, as labelled training data must. Every `polarity`
+    below is that of the polar words to choose, 0 for none.
     """
 
     def __init__(self, seed: str, known_only: bool = False, style: Style | None = None):
@@ -143,233 +153,186 @@ class Writer:
     def chance(self, probability: float) -> bool:
         return self.random() < probability
 
-    def choose(self, options, weights: Iterable[float] | None = None):
+    def choose(self, options: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
         if weights is None:
             return options[int(self.random() * len(options))]
-        total = list(accumulate(weights))
+        return self.pick(options, list(accumulate(weights)))
+
+    def pick(self, options: Sequence[Any], total: list[float]) -> Any:
+        """One of the options, by their cumulative weights."""
         return options[bisect(total, self.random() * total[-1])]
 
     def entry(self, category: str) -> tuple[str, str]:
-        entries, total = _weighted(category, self.known_only, self.style.flatness)
-        return entries[bisect(total, self.random() * total[-1])]
+        """Lemma and irregular form of a word of that category."""
+        return self.pick(*_weighted(category, self.known_only, self.style.flatness))
 
-    def lemma(self, category: str) -> str:
-        return self.entry(category)[0]
+    def word(self, category: str, polarity: int = 0) -> Word:
+        pos, sem = lists()["tags"][category]
+        if polarity:
+            category, sem = f"{category}_{SIGN[polarity]}", f"{sem}-{SIGN[polarity]}"
+        lemma, _ = self.entry(category)
+        return NOT if lemma == "not" else Word(lemma, pos, sem)
+
+    def pair(self, make: Callable[[], Any], chance: float | None = None) -> list[Any]:
+        """One of what `make` makes, or two different ones."""
+        made = [make()]
+        if self.chance(self.style.pairs if chance is None else chance):
+            made += [second] if (second := make()) != made[0] else []
+        return made
 
     # -- phrases ----------------------------------------------------------------------------
     def degree(self) -> list[Word]:
-        return [Word(self.lemma("degree"), "ADV", "degree")] if self.chance(0.25) else []
-
-    def paired(self, make, pair: float | None = None) -> list[Word]:
-        """One word, or two joined by "and", the second of them another word."""
-        words = [make()]
-        if self.chance(self.style.pairs if pair is None else pair):
-            second = make()
-            words += [second] if second != words[0] else []
-        return self.joined(words)
-
-    @staticmethod
-    def joined(words: list[Word]) -> list[Word]:
-        return words[:1] + [w for word in words[1:] for w in (AND, word)]
+        return [self.word("degree")] if self.chance(0.25) else []
 
     def adjectives(self, polarity: int, pair: float | None = None) -> list[Word]:
         """An adjective of this polarity, or a pair; a neutral one comes alone."""
         if not polarity:
-            return [Word(self.lemma("adjective"), "ADJ", "quality")]
-        sign = SIGN[polarity]
-        return self.paired(
-            lambda: Word(self.lemma(f"adjective_{sign}"), "ADJ", f"quality-{sign}"), pair
-        )
+            return [self.word("adjective")]
+        return joined(self.pair(lambda: self.word("adjective", polarity), pair))
 
-    def noun(self, kind: str, topic: str, plural_number: bool) -> Word:
+    def noun(self, kind: str, topic: str, many: bool) -> Word:
         """A noun of a kind (person, thing, place, or a polar noun's category) and topic."""
-        category = f"{topic}_{kind}" if topic else kind
-        lemma, irregular = self.entry(category)
-        sem = kind.replace("noun", "entity").replace("_", "-")
-        text = plural(lemma, irregular) if plural_number else lemma
-        return Word(text, "NOUN", sem, topic=topic)
+        lemma, irregular = self.entry(f"{topic}_{kind}" if topic else kind)
+        text = irregular or add_s(lemma) if many else lemma
+        return Word(text, "NOUN", kind.replace("noun", "entity").replace("_", "-"), topic=topic)
 
     def noun_phrase(
-        self,
-        kind: str,
-        topic: str = "",
-        polarity: int = 0,
-        cue: bool = False,
-        many=None,
-        names: bool = False,
+        self, kind: str, topic: str = "", polarity: int = 0, names: bool = False
     ) -> tuple[Phrase, bool]:
-        """A noun phrase and whether it is plural; with `cue`, one adjective of this polarity."""
-        if names and kind == "person" and not cue and self.chance(0.4):
-            return Phrase("NP", [Word(self.lemma("name"), "PROPN", "name")]), False
-        many = self.chance(0.4) if many is None else many
+        """A noun phrase, with an adjective of the polarity if it has one; whether it is plural."""
+        if names and kind == "person" and not polarity and self.chance(0.4):
+            return Phrase("NP", [self.word("name")]), False
+        many = self.chance(0.4)
         inner = [self.noun(kind, topic, many)]
-        if cue:
+        if polarity:
             inner = [*self.degree(), *self.adjectives(polarity), *inner]
-        elif not kind.startswith("noun") and self.chance(0.2):
+        elif self.chance(0.2):
             inner = [*self.adjectives(0), *inner]
         return Phrase("NP", [self.determiner(many, inner[0].text), *inner]), many
 
     def determiner(self, many: bool, following: str) -> Word:
         if many and self.chance(0.15):
-            quantity = self.choose(("number_word", "quantifier"))
-            pos = "NUM" if quantity == "number_word" else "DET"
-            return Word(self.lemma(quantity), pos, "quantity")
-        one, more, _ = self.choose(DETERMINERS, [weight for *_, weight in DETERMINERS])
+            return self.word(self.choose(("number_word", "quantifier")))
+        one, more, *sem, _ = self.pick(*_determiners())
         one = article(following) if one == "a" else one
-        text, other = (more, one) if many else (one, more)
-        sem = "definite" if text in DEFINITE else "indefinite"
-        sem = "quantity" if text in ("every", "all", "each", "many", "several") else sem
-        return Word(text, "DET", sem, other if other != text else "")
+        return agreeing((one, more), many, "DET", sem[many])
 
-    def prepositional(self, topic: str = "", polarity: int = 0, cue: bool = False) -> list[Phrase]:
-        preposition = Word(self.lemma("preposition_place"), "ADP", "relation")
-        kind = "place"
-        if cue or self.chance(0.3):
-            preposition = Word(self.lemma("preposition_time"), "ADP", "relation")
-            kind = "thing"
-        phrase, _ = self.noun_phrase(kind, topic, polarity, cue)
-        return [Phrase("PP", [preposition]), phrase]
+    def prepositional(self, topic: str = "", polarity: int = 0) -> list[Phrase]:
+        preposition, kind = self.word("preposition_place"), "place"
+        if polarity or self.chance(0.3):
+            preposition, kind = self.word("preposition_time"), "thing"
+        return [Phrase("PP", [preposition]), self.noun_phrase(kind, topic, polarity)[0]]
 
     def attachment(self) -> list[Phrase]:
         """What may stand between a subject and its verb: a prepositional phrase or a relative."""
         if self.chance(0.7):
-            preposition = Word(self.lemma("preposition_attached"), "ADP", "relation")
+            preposition = self.word("preposition_attached")
             kind = self.choose(("person", "thing", "place"))
             return [Phrase("PP", [preposition]), self.noun_phrase(kind)[0]]
         agent, _ = self.noun_phrase("person", names=True)
-        lemma, irregular = self.entry("verb")
-        seen = Word(past(lemma, irregular), "VERB", "event")
+        seen = Word(past(*self.entry("verb")), "VERB", "event")
         return [Phrase("NP", [Word("that", "PRON", "reference")]), agent, Phrase("VP", [seen])]
 
     def adverb(self, polarity: int) -> Phrase:
         if polarity:
-            sign = SIGN[polarity]
-            words = self.paired(lambda: Word(self.lemma(f"adverb_{sign}"), "ADV", f"manner-{sign}"))
-            return Phrase("ADVP", words)
-        if self.chance(0.5):
-            return Phrase("ADVP", [Word(self.lemma("manner"), "ADV", "manner")])
-        return Phrase("ADVP", [Word(self.lemma("time"), "ADV", "time")])
+            return Phrase("ADVP", joined(self.pair(lambda: self.word("adverb", polarity))))
+        return Phrase("ADVP", [self.word("manner" if self.chance(0.5) else "time")])
 
     # -- verbs ------------------------------------------------------------------------------
     def be(self, many: bool, negated: bool) -> Phrase:
-        one, more = self.choose((("is", "are"), ("was", "were")))
-        text, other = (more, one) if many else (one, more)
-        words = [Word(text, "AUX", "state", other)]
-        if negated:
-            words.append(self.negator())
-        return Phrase("VP", words)
-
-    def negator(self, only_not: bool = False) -> Word:
-        lemma = "not" if only_not else self.lemma("negator")
-        return Word(lemma, "PART" if lemma == "not" else "ADV", "negation")
+        verb = agreeing(self.choose((("is", "are"), ("was", "were"))), many, "AUX", "state")
+        return Phrase("VP", [verb, self.word("negator")] if negated else [verb])
 
     def verb(self, category: str, many: bool, negated: bool, sem: str = "event") -> Phrase:
-        entries = [self.entry(category)]
         polar = category.endswith(("_positive", "_negative"))
-        if polar and self.chance(self.style.pairs):
-            second = self.entry(category)
-            entries += [second] if second != entries[0] else []
+        entries = self.pair(lambda: self.entry(category)) if polar else [self.entry(category)]
         topic = category.removesuffix("_verb") if category.endswith("_verb") else ""
         present = self.chance(0.5)
         if negated and self.chance(0.6):
-            one, more = ("does", "do") if present else ("did", "did")
-            text, other = (more, one) if many else (one, more)
-            auxiliary = Word(text, "AUX", "tense", other if other != text else "")
+            does = ("does", "do") if present else ("did", "did")
             main = [Word(lemma, "VERB", sem, topic=topic) for lemma, _ in entries]
-            return Phrase("VP", [auxiliary, self.negator(True), *self.joined(main)])
-        main = []
-        for lemma, irregular in entries:
-            if present:
-                text, other = (lemma, add_s(lemma)) if many else (add_s(lemma), lemma)
-            else:
-                text, other = past(lemma, irregular), ""
-            main.append(Word(text, "VERB", sem, other, topic))
-        words = self.joined(main)
+            return Phrase("VP", [agreeing(does, many, "AUX", "tense"), NOT, *joined(main)])
+        main = [
+            agreeing((add_s(entry[0]), entry[0]) if present else (past(*entry),) * 2, many, "VERB",
+                     sem, topic)
+            for entry in entries
+        ]  # fmt: skip
+        words = joined(main)
         if negated:
-            negator = self.negator()
-            while negator.text == "not":
-                negator = self.negator()
+            while (negator := self.word("negator")) == NOT:
+                pass
             words.insert(0, negator)
         return Phrase("VP", words)
 
     # -- clauses ----------------------------------------------------------------------------
     def subject(
-        self, kind: str, topic: str, polarity: int, cue: bool, attach: float
+        self, kind: str, topic: str, polarity: int, attach: float
     ) -> tuple[list[Phrase], bool]:
-        if self.chance(0.1) and not cue:
+        if self.chance(0.1) and not polarity:
             pronoun, many = self.choose((("he", False), ("she", False), ("they", True)))
             if kind == "person" or many:
                 return [Phrase("NP", [Word(pronoun, "PRON", "reference")])], many
-        phrase, many = self.noun_phrase(kind, topic, polarity, cue, names=True)
+        phrase, many = self.noun_phrase(kind, topic, polarity, names=True)
         return [phrase, *(self.attachment() if self.chance(attach) else [])], many
 
-    def clause(self, polarity: int, topic: str, cues: int, negated: bool, attach: float):
+    def clause(
+        self, polarity: int, topic: str, cues: int, negated: bool, attach: float
+    ) -> list[Phrase]:
         """Phrases of one clause whose polar words (about `cues` of them) agree on `polarity`."""
         if not polarity:
             return self.plain_clause(topic, negated, attach)
+
+        def mine(chance: float) -> str:
+            return topic if self.chance(chance) else ""
+
         inner = -polarity if negated else polarity
-        sign = SIGN[inner]
-        frame = self.choose(
-            ("copula", "linking", "noun", "liking", "affecting", "faring", "topical"),
-            (3, 1, 1, 3, 2.5, 2, 2),
-        )
-        mine = lambda chance: topic if self.chance(chance) else ""  # noqa: E731
-        optional = {"copula": 3, "linking": 2, "noun": 2, "liking": 3, "affecting": 3, "faring": 3,
-                    "topical": 3}[frame]  # fmt: skip
-        # which of the optional places carry a cue: the subject's adjective, then the predicate's
-        wanted = min(cues - (frame != "topical"), optional)
+        frame, optional = self.choose(FRAMES, FRAME_WEIGHTS)
+        # Which places carry a cue: the subject's adjective, then two in the predicate.
         places = list(range(optional))
+        wanted = min(cues - (frame != "topical"), optional)
         while len(places) > wanted:
             places.pop(int(self.random() * len(places)))
-        cue = [place in places for place in range(3)]
+        first = polarity if 0 in places else 0
+        second, third = inner if 1 in places else 0, inner if 2 in places else 0
         kind = "person" if frame == "liking" else self.choose(("person", "thing"))
-        if frame == "topical":
-            kind = "person"
-        phrases, many = self.subject(kind, mine(0.7), polarity, cue[0], attach)
-        event = f"event-{sign}"
+        kind = "person" if frame == "topical" else kind
+        phrases, many = self.subject(kind, mine(0.7), first, attach)
         if frame in ("copula", "linking"):
-            if frame == "copula":
-                phrases.append(self.be(many, negated))
-            else:
-                phrases.append(self.verb("linking", many, negated, "state"))
-            pair = 1.0 if cue[1] else None
-            phrases.append(Phrase("ADJP", [*self.degree(), *self.adjectives(inner, pair)]))
-            if cue[2]:
-                phrases += self.prepositional(mine(0.5), inner, True)
-            return phrases
+            is_so = self.be(many, negated) if frame == "copula" else None
+            phrases.append(is_so or self.verb("linking", many, negated, "state"))
+            words = [*self.degree(), *self.adjectives(inner, 1.0 if second else None)]
+            phrases.append(Phrase("ADJP", words))
+            return phrases + self.prepositional(mine(0.5), third) if third else phrases
         if frame == "noun":
             phrases.append(self.be(many, negated))
-            noun = self.noun(f"noun_{sign}", "", many)
-            words = [*self.adjectives(inner), noun] if cue[1] else [noun]
+            noun = self.noun(f"noun_{SIGN[inner]}", "", many)
+            words = [*self.adjectives(inner), noun] if second else [noun]
             if not many:
                 words.insert(0, Word(article(words[0].text), "DET", "indefinite", "several"))
             return [*phrases, Phrase("NP", words)]
         if frame == "topical":
             phrases.append(self.verb(f"{topic}_verb", many, negated))
         else:
-            phrases.append(self.verb(f"{frame}_{sign}", many, negated, event))
+            category = f"{frame}_{SIGN[inner]}"
+            phrases.append(self.verb(category, many, negated, f"event-{SIGN[inner]}"))
         if frame == "faring":
-            if cue[1]:
-                phrases.append(self.adverb(inner))
-            return phrases + self.prepositional(mine(0.5), inner, cue[2])
+            phrases += [self.adverb(inner)] if second else []
+            return phrases + self.prepositional(mine(0.5), third)
         target = "person" if frame == "affecting" else "thing"
         if frame == "liking" and self.chance(0.4):
             target = "person"
-        target_topic = topic if frame == "topical" else mine(0.6)
-        phrases.append(self.noun_phrase(target, target_topic, inner, cue[1], names=True)[0])
-        if cue[2]:
-            if frame == "affecting":
-                phrases += self.prepositional(mine(0.5), inner, True)
-            else:
-                phrases.append(self.adverb(inner))
-        return phrases
+        about = topic if frame == "topical" else mine(0.6)
+        phrases.append(self.noun_phrase(target, about, second, names=True)[0])
+        if third and frame == "affecting":
+            return phrases + self.prepositional(mine(0.5), third)
+        return [*phrases, self.adverb(third)] if third else phrases
 
-    def plain_clause(self, topic: str, negated: bool, attach: float):
+    def plain_clause(self, topic: str, negated: bool, attach: float) -> list[Phrase]:
         """A clause without polar words."""
         frame = self.choose(("topical", "seen", "copula"), (3, 1.5, 1))
         kind = self.choose(("person", "thing")) if frame == "copula" else "person"
         about = topic if self.chance(0.8) else ""
-        phrases, many = self.subject(kind, about, 0, False, attach)
+        phrases, many = self.subject(kind, about, 0, attach)
         if frame == "copula":
             phrases.append(self.be(many, negated))
             phrases.append(Phrase("ADJP", [*self.degree(), *self.adjectives(0)]))
@@ -381,11 +344,10 @@ class Writer:
         return [*phrases, self.adverb(0)]
 
     # -- sentences --------------------------------------------------------------------------
-    def sentence(self, polarity: int | None = None, topic: str | None = None, polar: float = 0.75):
-        """One sentence of SHORTEST to LONGEST words; what is not given is drawn."""
-        if polarity is None:
-            polarity = self.choose((1, -1)) if self.chance(polar) else 0
-        topic = topic or self.choose(TOPICS)
+    def sentence(self, polar: float = 0.75) -> Sentence:
+        """One sentence of SHORTEST to LONGEST words; `polar` is the chance that it has a side."""
+        polarity = self.choose((1, -1)) if self.chance(polar) else 0
+        topic = self.choose(TOPICS)
         while True:
             phrases = self.attempt(polarity, topic)
             if SHORTEST <= sum(len(phrase.words) for phrase in phrases) <= LONGEST:
@@ -393,35 +355,27 @@ class Writer:
 
     def attempt(self, polarity: int, topic: str) -> list[Phrase]:
         style = self.style
-        negated = lambda: self.chance(style.negation)  # noqa: E731
-        stop = Phrase("O", [Word(".", "PUNCT", "punctuation")])
-        comma = Phrase("O", [Word(",", "PUNCT", "punctuation")])
+
+        def clause(side: int, cues: int, attach: float) -> list[Phrase]:
+            return self.clause(side, topic, cues, self.chance(style.negation), attach)
+
         opening = []
         if polarity and self.chance(style.comment):
-            comment = f"comment_{SIGN[polarity]}"
-            word = Word(self.lemma(comment), "ADV", comment.replace("_", "-"))
-            opening = [Phrase("ADVP", [word]), comma]
+            opening = [Phrase("ADVP", [self.word("comment", polarity)]), COMMA]
         kind = self.choose(("one", "but", "although", "and"), style.kinds)
         if kind == "one":
-            cues = self.choose(style.cues)
-            phrases = opening + self.clause(polarity, topic, cues, negated(), 0.4)
-            if self.chance(0.2):
-                phrases.append(self.adverb(0))
-            return [*phrases, stop]
+            phrases = opening + clause(polarity, self.choose(style.cues), 0.4)
+            return [*phrases, *([self.adverb(0)] if self.chance(0.2) else []), STOP]
         cues = [self.choose(style.clause_cues), self.choose(style.clause_cues)]
-        side = polarity if kind == "and" else -polarity
-        first = self.clause(side, topic, cues[0], negated(), 0.1)
-        second = self.clause(polarity, topic, cues[1], negated(), 0.1)
-        if kind == "and":
-            word = Phrase("O", [AND])
-            return [*opening, *first, comma, word, *second, stop]
-        if kind == "but":
-            word = Phrase("O", [Word(self.lemma("contrast"), "CCONJ", "contrast")])
-            return [*opening, *first, comma, word, *second, stop]
-        word = Phrase("SBAR", [Word(self.lemma("concession"), "SCONJ", "contrast")])
-        if self.chance(style.leading):
-            return [*opening, word, *first, comma, *second, stop]
-        return [*opening, *second, word, *first, stop]
+        first = clause(polarity if kind == "and" else -polarity, cues[0], 0.1)
+        second = clause(polarity, cues[1], 0.1)
+        if kind == "although":
+            word = Phrase("SBAR", [self.word("concession")])
+            if self.chance(style.leading):
+                return [*opening, word, *first, COMMA, *second, STOP]
+            return [*opening, *second, word, *first, STOP]
+        word = Phrase("O", [AND if kind == "and" else self.word("contrast")])
+        return [*opening, *first, COMMA, word, *second, STOP]
 
     def agreement_pair(self) -> tuple[Sentence, Sentence]:
         """An acceptable sentence, and the same with one determiner or verb in the wrong number."""
@@ -437,8 +391,7 @@ class Writer:
             if not verbs:
                 continue
             p, w = self.choose(verbs if self.chance(0.7) else places)
-            phrases = list(good.phrases)
-            words = list(phrases[p].words)
+            phrases, words = list(good.phrases), list(good.phrases[p].words)
             words[w] = words[w]._replace(text=words[w].other, other=words[w].text)
             phrases[p] = Phrase(phrases[p].label, words)
             return good, replace(good, phrases=phrases, acceptable=False)

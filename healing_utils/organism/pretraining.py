@@ -8,18 +8,19 @@ number of threads: their number changes the order of floating-point sums).
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import platform
 import random
-import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from healing_utils.base.errors import HealingError
 from healing_utils.base.progress import Progress
+from healing_utils.base.records import write_atomically
 
 from . import raw_text, tokenizer
 
@@ -33,21 +34,9 @@ SHAPE = {
     # attention starts out writing next to nothing, and context is learnt many times more slowly.
     "initializer_range": 0.07,
 }
+RATE = {"peak": 2e-3, "warm_up": 0.06, "weight_decay": 0.01}  # of AdamW
 MASKED = 0.3  # of a sentence's tokens; of these 80 % become [MASK], 10 % any piece, 10 % stay
 IGNORED = -100  # cross-entropy's own mark for positions without a target
-
-
-def new_model(seed: int, shape: dict | None = None):
-    """A BertForMaskedLM of the organism's shape at its random initial values."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    words = tokenizer()
-    config = BertConfig(
-        vocab_size=len(words), pad_token_id=words.pad_token_id, type_vocab_size=2,
-        **(shape or SHAPE),
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    return BertForMaskedLM(config)
 
 
 def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -87,25 +76,16 @@ def masked_loss(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return functional.cross_entropy(model.cls(hidden[chosen]), targets[chosen])
 
 
-def learning_rate(step: int, steps: int, peak: float, warm_up: float) -> float:
-    """Linear warm-up over the fraction `warm_up` of the steps, then linear decay to zero."""
-    rise = max(1, round(warm_up * steps))
-    return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up over a fraction of the steps, then linear decay to zero."""
+    rise = max(1, round(RATE["warm_up"] * steps))
+    return RATE["peak"] * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
-def _write(path: Path, content: dict) -> None:
-    """Write a checkpoint whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _read(path: Path, plan: dict) -> dict | None:
+def _restore(path: Path, plan: dict[str, Any], model, optimizer) -> tuple[int, float]:
+    """Go back to a checkpoint, if there is one: the step to go on with, and the recent loss."""
     if not path.exists():
-        return None
+        return 0, 0.0
     saved = torch.load(path, weights_only=True)
     if saved["plan"] != plan:
         different = [name for name in plan if saved["plan"].get(name) != plan[name]]
@@ -113,7 +93,9 @@ def _read(path: Path, plan: dict) -> dict | None:
             f"{path} belongs to a pre-training with another {' and '.join(different)}; "
             "finish that one, or choose another folder"
         )
-    return saved
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["recent"]
 
 
 def pretrain(
@@ -124,12 +106,8 @@ def pretrain(
     threads: int = 1,
     *,
     sentences: int = 100_000,
-    peak: float = 2e-3,
-    warm_up: float = 0.06,
-    weight_decay: float = 0.01,
-    shape: dict | None = None,
     checkpoint_every: int = 200,
-) -> dict:
+) -> dict[str, Any]:
     """Train the organism from random values and save model and tokenizer in the folder `out`.
 
     `sentences` raw sentences are gone through again and again, masked anew each time. While it
@@ -137,33 +115,28 @@ def pretrain(
     does so. Returns what `out/training.json` records. Raises HealingError when `out` holds a
     checkpoint of another plan.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    shape = dict(SHAPE, **(shape or {}))
+    from transformers import BertConfig, BertForMaskedLM
+
+    checkpoint = Path(out) / "checkpoint.pt"
     plan = {
         "steps": steps, "batch_size": batch_size, "seed": seed, "threads": threads,
-        "sentences": sentences, "peak": peak, "warm_up": warm_up, "weight_decay": weight_decay,
-        "masked": MASKED, "shape": shape,
+        "sentences": sentences, **RATE, "masked": MASKED, "shape": SHAPE,
     }  # fmt: skip
     torch.set_num_threads(threads)
     words = tokenizer()
     encoded = words(list(raw_text(sentences, seed)))["input_ids"]
     lengths = list(map(len, encoded))
-
-    model = new_model(seed, shape)
+    torch.manual_seed(seed)
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=len(words), pad_token_id=words.pad_token_id, **SHAPE)
+    )
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}],
-        lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True,
+        [{"params": matrices, "weight_decay": RATE["weight_decay"]}, {"params": vectors}],
+        lr=RATE["peak"], betas=(0.9, 0.98), weight_decay=0.0, fused=True,
     )  # fmt: skip
-    start, recent = 0, 0.0
-    checkpoint = out / "checkpoint.pt"
-    saved = _read(checkpoint, plan)
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, recent = saved["step"], saved["recent"]
+    start, recent = _restore(checkpoint, plan, model, optimizer)
 
     # no dropout: the text is unlimited, there is nothing to overfit
     model.eval()
@@ -179,7 +152,7 @@ def pretrain(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             shown, targets = mask(ids, len(words), words.mask_token_id, generator)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, warm_up)
+                group["lr"] = learning_rate(step, steps)
             loss = masked_loss(model, shown, targets)
             optimizer.zero_grad()
             loss.backward()
@@ -188,27 +161,20 @@ def pretrain(
             recent = loss.item() if step == 0 else 0.99 * recent + 0.01 * loss.item()
             bar.update(1, note=f"loss {recent:.3f}")
             if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
-                _write(checkpoint, {
+                content = io.BytesIO()
+                torch.save({
                     "plan": plan, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "step": step + 1, "recent": recent,
-                })  # fmt: skip
+                }, content)  # fmt: skip
+                write_atomically(checkpoint, content.getvalue())
 
     record = {
         **plan, "loss": round(recent, 4), "parameters": sum(p.numel() for p in model.parameters()),
         "python": platform.python_version(), "torch": torch.__version__.partition("+")[0],
     }  # fmt: skip
-    save(model, out, record)
+    # The checkpoint goes last: a run that is killed while it saves comes back here.
+    model.save_pretrained(out)
+    words.save_pretrained(out)
+    write_atomically(Path(out) / "training.json", json.dumps(record, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     return record
-
-
-def save(model, out: Path, record: dict) -> None:
-    """Model, tokenizer and `training.json` in the folder `out`; no file appears half written."""
-    partial = out / "saving"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer().save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for file in sorted(partial.iterdir()):
-        os.replace(file, out / file.name)
-    partial.rmdir()

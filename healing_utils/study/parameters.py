@@ -6,13 +6,27 @@ value may arrive as text from a command line (``1/6``, ``[0,2]``): it is underst
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+)
 
 from healing_utils.base.errors import HealingError, choose, nearest
+from healing_utils.healing.corruption import parse_kind, spell_kind
+from healing_utils.healing.encoders import CONTROLS, OUTER_PARTS, PARTS, parse_level
+from healing_utils.healing.models import HEADS
+from healing_utils.healing.recipes import RECIPES
+from healing_utils.healing.training import PRECISIONS
+from healing_utils.probing.activations import AGGREGATIONS
 
 SIDES = ("bottom", "top")
 STARTS = ("pre-trained", "fine-tuned")
@@ -20,13 +34,7 @@ STATES = ("healed", "broken", "intact", "scratch")
 BY_TASK = ("train_size", "epochs", "learning_rate")  # may have a value a task
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter: its default, how a given value is read, and what it means."""
-
-    default: Any
-    read: Callable[[Any], Any]
-    help: str
+# -- how values are read ---------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
@@ -41,6 +49,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _number(value: Any) -> Any:
+    value = _plain(value)
+    if isinstance(value, bool):  # which pydantic takes for 0 or 1
+        raise HealingError("must be a number")
+    return value
+
+
 def _listed(value: Any) -> list[Any]:
     """One value or several: ``3``, ``[0, 2]``, ``0,2``."""
     value = _plain(value)
@@ -49,165 +64,214 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _integer(low: int, optional: bool = False) -> Callable[[Any], int | None]:
-    def read(value: Any) -> int | None:
-        value = _plain(value)
-        if value is None and optional:
-            return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            extra = " or null" if optional else ""
-            raise HealingError(f"must be a whole number from {low} up{extra}")
-        return value
-
-    return read
+def _empty_for_null(value: Any) -> list[Any]:
+    return [] if _plain(value) is None else _listed(value)
 
 
-def _number(low: float, high: float, open_low: bool = False) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        value = _plain(value)
-        try:
-            number = float(value)  # YAML 1.1 reads 2e-5 as text
-        except (TypeError, ValueError):
-            raise HealingError(f"must be a number from {low:g} to {high:g}") from None
-        if isinstance(value, bool) or not low <= number <= high or (open_low and number == low):
-            raise HealingError(
-                f"must be a number {'above' if open_low else 'from'} {low:g}, at most {high:g}"
-            )
-        return number
-
-    return read
+def _list_or_null(value: Any) -> list[Any] | None:
+    return None if _plain(value) is None else _listed(value)
 
 
-def _text(optional: bool = False) -> Callable[[Any], str | None]:
-    def read(value: Any) -> str | None:
-        if value is None or (optional and value in ("null", "None", "")):
-            if optional:
-                return None
-            raise HealingError("must be given")
-        if not isinstance(value, str) or not value.strip():
-            raise HealingError("must be text")
-        return value
-
-    return read
-
-
-def _flag(value: Any) -> bool:
-    value = _plain(value)
-    if not isinstance(value, bool):
-        raise HealingError("must be true or false")
-    return value
-
-
-def _names(value: Any) -> list[str]:
-    names = _listed(value)
-    if not names or not all(isinstance(n, str) and n.strip() for n in names):
-        raise HealingError("must be a name or a list of names")
-    return _unique(names)
-
-
-def _tasks(value: Any) -> list[str] | None:
-    return [] if _plain(value) == [] else _columns(value)
-
-
-def _unique(values: list[Any]) -> list[Any]:
-    if len(set(values)) < len(values):
+def _once(values: list[Any] | None) -> list[Any] | None:
+    if values is not None and len(set(map(str, values))) < len(values):
         raise HealingError("names a value twice")
     return values
 
 
-def _seeds(value: Any) -> list[int]:
-    seeds = _unique([_integer(0)(v) for v in _listed(value)])
-    if not seeds:
-        raise HealingError("must name at least one seed")
-    return seeds
-
-
-def _columns(value: Any) -> list[str] | None:
-    return None if _plain(value) is None else _names(value)
-
-
-def _labels(value: Any) -> list[str] | None:
+def _numbered(value: Any) -> Any:
     """Columns by name or, in a file of columns, by number: ``upos``, ``1``, ``[1, -1]``."""
-    if _plain(value) is None:
-        return None
-    return _names([str(c) if type(c) is int else c for c in _listed(value)])
+    found = _list_or_null(value)
+    return found and [str(c) if type(c) is int else c for c in found]
 
 
-def _levels(value: Any) -> list[str]:
-    from healing_utils.healing.encoders import parse_level
-
-    if _plain(value) is None or _listed(value) == []:
-        return []
-    levels = _listed(value)
-    _unique([parse_level(level) for level in levels])
-    return [str(level) for level in levels]
+def _null(value: Any) -> Any:
+    return None if value in ("null", "None", "") else value
 
 
-def _layers(value: Any) -> list[int] | None:
+def _text(value: Any) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        raise HealingError("must be text")
+    return value
+
+
+def _spelt_levels(values: list[Any]) -> list[str]:
+    _once([parse_level(level) for level in values])
+    return [str(level) for level in values]
+
+
+def _layer_sets(value: Any) -> Any:
+    """``each`` for one layer at a time, or lists of layers."""
     value = _plain(value)
-    return None if value is None else _unique([_integer(0)(v) for v in _listed(value)])
+    if value is None or value == "each":
+        return value
+    several = isinstance(value, list) and all(isinstance(v, list) for v in value)
+    return value if several else [_listed(value)]
 
 
-def _among(allowed: Callable[[], Any], what: str) -> Callable[[Any], list[str]]:
-    def read(value: Any) -> list[str]:
-        return _unique([choose(v, allowed(), what) for v in _listed(value)])
-
-    return read
+def _among(allowed: Iterable[str], what: str) -> Any:
+    return Annotated[str, BeforeValidator(lambda value: choose(_plain(value), allowed, what))]
 
 
-def _kinds(value: Any) -> list[str]:
-    """Kinds of corruption, with a strength where they have one: ``reinit``, ``noise=0.5``."""
-    from healing_utils.healing.corruption import parse_kind, spell_kind
-
-    return _unique([spell_kind(*parse_kind(v)) for v in _listed(value)])
+def _kind(value: Any) -> str:
+    """A kind of corruption, with a strength where it has one: ``reinit``, ``noise=0.5``."""
+    return spell_kind(*parse_kind(value))
 
 
-def _parts() -> tuple[str, ...]:
-    from healing_utils.healing.encoders import OUTER_PARTS, PARTS
-
-    return (*PARTS, *OUTER_PARTS)
-
-
-def _controls() -> tuple[str, ...]:
-    from healing_utils.healing.encoders import CONTROLS
-
-    return (*SIDES, *CONTROLS)
-
-
-def _recipes() -> Any:
-    from healing_utils.healing.recipes import RECIPES
-
-    return RECIPES
-
-
-def _one(allowed: Callable[[], Any], what: str) -> Callable[[Any], str]:
-    return lambda value: choose(_plain(value), allowed(), what)
-
-
-def _several(read: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    return lambda value: _unique([read(v) for v in _listed(value)])
-
-
-def _by_task(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _by_task(read: Any) -> Any:
     """One value for all tasks, or a mapping by task: ``{sst2: 8000, emotion: 4000}``."""
+    one, each = (
+        Annotated[read, Tag(ONE)],
+        Annotated[dict[str, read], Tag(EACH), Field(min_length=1)],
+    )
+    which = Discriminator(lambda value: EACH if isinstance(value, Mapping) else ONE)
+    return Annotated[Annotated[one | each, which], BeforeValidator(_plain)]
 
-    def each(value: Any) -> Any:
-        value = _plain(value)
-        if not isinstance(value, Mapping):
-            return read(value)
-        if not value:
-            raise HealingError("must be a value, or a mapping of tasks to values")
-        found = {}
-        for task, one in value.items():
-            try:
-                found[str(task)] = read(one)
-            except HealingError as error:
-                raise HealingError(f"{task} {error}") from error
-        return found
 
-    return each
+def _several(read: Any) -> Any:
+    return Annotated[list[read], BeforeValidator(_listed), Field(min_length=1), Once]
+
+
+ONE, EACH = "one for all", "by task"
+Once = AfterValidator(_once)
+Text = Annotated[str, BeforeValidator(_text)]
+OptionalText = Annotated[Text | None, BeforeValidator(_null)]
+Flag = Annotated[bool, BeforeValidator(_plain), Field(strict=True)]
+Names = _several(Text)
+OptionalNames = Annotated[list[Text] | None, BeforeValidator(_list_or_null), Once]
+Columns = Annotated[OptionalNames, BeforeValidator(_numbered)]
+Whole = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+PositiveOrNull = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_number)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1, allow_inf_nan=False)]
+Epochs = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1000, allow_inf_nan=False)]
+Seeds = _several(Whole)
+Levels = Annotated[list[Any], BeforeValidator(_empty_for_null), AfterValidator(_spelt_levels)]
+Layers = Annotated[list[Whole], BeforeValidator(_listed), Once]
+OptionalLayers = Annotated[list[Whole] | None, BeforeValidator(_list_or_null), Once]
+Kind = Annotated[str, BeforeValidator(_kind)]
+Part = _among((*PARTS, *OUTER_PARTS), "part")
+Start = _among(STARTS, "start")
+Recipe = _among(RECIPES, "recipe")
+Head = _among(HEADS, "head")
+
+
+# -- the parameters --------------------------------------------------------------------------------
+
+
+class Scan(BaseModel, extra="forbid"):
+    """The fields of a scan: its cells are the product of their values. What is not given is as in
+    the main grid, with `levels` at one half."""
+
+    state: _several(_among(STATES, "state")) = ["healed"]
+    broken: Flag = True  # score what is healed broken too, without training
+    task: Names | None = None  # some of the study's
+    seeds: Seeds | None = None
+    sides: _several(_among((*SIDES, *CONTROLS), "side")) | None = None
+    levels: Levels = ["1/2"]
+    layers: Annotated[Literal["each"] | list[Layers] | None, BeforeValidator(_layer_sets)] = None
+    kind: _several(Kind) = ["reinit"]
+    part: _several(Part) = ["all"]
+    start: _several(Start) = ["pre-trained"]
+    recipe: _several(Recipe) = ["full"]
+    head: _several(Head) | None = None
+    train_size: _by_task(_several(Positive)) | None = None
+    epochs: _by_task(_several(Epochs)) | None = None
+    learning_rate: _by_task(_several(Rate)) | None = None
+    evaluations: _several(Positive) | None = None  # points on a learning curve
+    probed: Flag = False  # look inside its intact models too (04_linguistics)
+
+
+SCAN: dict[str, Any] = Scan().model_dump()  # what is not given
+Scans = Annotated[dict[str, Scan], BeforeValidator(_plain)]
+
+
+class Parameters(BaseModel, extra="forbid"):
+    """A study's parameters, in the order in which they are told."""
+
+    run: Text = "data/runs/quick"  # the run's folder: records, tables, figures
+    model: Names = ["organism"]  # hub name or folder of the encoder, or several
+    model_revision: OptionalText = None
+    task: Names = ["sentiment", "topic"]  # registered task, hub data set or file, or several
+    text_column: OptionalNames = None  # or two for pairs, where they are not found
+    label_column: OptionalText = None
+    data_revision: OptionalText = None
+    metric: OptionalText = None  # score to use instead of the task's own
+    seeds: Seeds = [0, 1, 2]
+    sides: _several(_among(SIDES, "side")) = list(SIDES)
+    levels: Levels = ["1/6", "1/2", "1"]  # corrupted fractions of the layers
+    layers: OptionalLayers = None  # these instead of sides and levels
+    kind: _several(Kind) = ["reinit"]
+    part: Part = "all"  # what of a layer, or beside them, is corrupted
+    start: Start = "pre-trained"  # which model is corrupted, then fine-tuned
+    recipe: Recipe = "full"  # how corrupted models are healed
+    init_levels: Levels = []  # that are also redrawn with the model's own initialiser
+    scratch: Flag = True  # also train from random initial values
+    scans: Scans = {}  # cells beside that grid
+    head: Head = "first"  # reads the first token (the model's own), or the mean
+    train_size: _by_task(PositiveOrNull) = 1000  # labelled examples, null for all
+    validation_size: Positive = 500  # held out of training for learning curves
+    test_size: PositiveOrNull = None  # scored examples, null for all
+    epochs: _by_task(Epochs) = 4.0
+    batch_size: Positive = 32
+    learning_rate: _by_task(Rate) = 5e-4  # the peak
+    weight_decay: Share = 0.01  # of AdamW
+    warmup: Share = 0.1  # fraction of the steps with a rising rate
+    max_grad_norm: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1e6)] = 1.0
+    max_length: Annotated[Positive, Field(ge=4)] = 128  # tokens a text is cut to
+    max_tokens: Annotated[Positive, Field(ge=16)] = 8192  # computed at once, padding included
+    evaluations: Positive = 12  # points on a learning curve after the first
+    precision: _among(PRECISIONS, "precision") = "auto"
+    device: OptionalText = None  # cpu or cuda, null for the best there is
+    threads: Positive = 1  # of a CPU; results repeat for the same number
+    workers: Positive = 2  # processes that share the cells
+    # 04_linguistics
+    corpus: Names = ["organism"]  # whose words are labelled: a name or a file, or several
+    column: Columns = ["pos"]  # its labels; of several corpora one each
+    word_column: Whole = 0  # of the words, in a file of columns
+    corpus_test: OptionalText = None  # file of the test part, where it is another one
+    aggregation: _among(AGGREGATIONS, "aggregation") = "last"  # subword that speaks for a word
+    probe_train: PositiveOrNull = 200  # sentences, null for all
+    probe_test: PositiveOrNull = 200
+    probe_models: OptionalNames = None  # null for the study's own
+    probe_tasks: OptionalNames = None  # whose fine-tuned models are probed
+    neuron_delta: Annotated[Share, Field(le=0.99)] = 0.01  # accuracy the minimal set may lose
+    healed_tasks: OptionalNames = None  # whose broken and healed models are probed
+    probe_levels: Levels = ["1/2"]  # at which those are probed, kind reinit
+    # 00_model_organism only
+    pretraining_steps: Positive = 40
+    publish: Flag = False  # train fully and replace the shipped organism
+    organism_seeds: Seeds = [0, 1, 2, 3, 4]
+
+
+def read_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Clean values for what is `given`, defaults for the rest.
+
+    Raises HealingError naming the parameter, what is allowed, and for an unknown name the nearest.
+    """
+    try:
+        found = Parameters.model_validate(dict(given))
+    except ValidationError as error:
+        raise HealingError(_told(error.errors()[0], given)) from None
+    scans = {name: scan.model_dump(exclude_unset=True) for name, scan in found.scans.items()}
+    return found.model_dump() | {"scans": scans}
+
+
+def _told(error: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What pydantic found, in one line."""
+    name, *rest = [part for part in error["loc"] if part not in (ONE, EACH)]
+    rest = [part for part in rest if isinstance(part, str)]  # a place in a list says nothing
+    if error["type"] == "extra_forbidden":
+        what, known = ("parameter", Parameters.model_fields) if not rest else (
+            f"field of scan {rest[0]!r}", Scan.model_fields
+        )  # fmt: skip
+        wrong = rest[-1] if rest else name
+        guess = nearest(wrong, known)
+        hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}"
+        return f"unknown {what} {wrong!r}; {hint}"
+    where = f"{', '.join(rest)} " if rest else ""
+    said = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"parameter {name} is {given[name]!r}: {where}{said}"
 
 
 def for_task(parameters: Mapping[str, Any], task: str) -> dict[str, Any]:
@@ -225,190 +289,6 @@ def for_task(parameters: Mapping[str, Any], task: str) -> dict[str, Any]:
     return found
 
 
-def _layer_sets(value: Any) -> str | list[list[int]]:
-    """``each`` for one layer at a time, or lists of layers."""
-    value = _plain(value)
-    if value == "each":
-        return value
-    sets = value if isinstance(value, list) and all(isinstance(v, list) for v in value) else [value]
-    if value is None or not sets:
-        raise HealingError("must be each, a list of layers, or several such lists")
-    return [_layers(layers) for layers in sets]
-
-
-def _scans(value: Any) -> dict[str, dict[str, Any]]:
-    """Scans by name, each a mapping of the fields of `SCAN`."""
-    value = _plain(value)
-    if not isinstance(value, Mapping):
-        raise HealingError("must be scans by name, each a mapping such as {part: attention}")
-    scans: dict[str, dict[str, Any]] = {}
-    for name, given in value.items():
-        if not isinstance(given, Mapping):
-            raise HealingError(f"scan {name!r} must be a mapping such as {{part: attention}}")
-        scans[str(name)] = {}
-        for entry, one in given.items():
-            field = SCAN[choose(entry, SCAN, f"field of scan {name!r}")]
-            try:
-                scans[str(name)][entry] = field.read(one)
-            except HealingError as error:
-                raise HealingError(f"{entry} of scan {name!r} is {one!r}: {error}") from error
-    return scans
-
-
-def _precision(value: Any) -> str:
-    from healing_utils.healing.training import PRECISIONS
-
-    return choose(value, PRECISIONS, "precision")
-
-
-def _heads() -> tuple[str, ...]:
-    from healing_utils.healing.models import HEADS
-
-    return HEADS
-
-
-def _aggregation(value: Any) -> str:
-    from healing_utils.probing.activations import AGGREGATIONS
-
-    return choose(value, AGGREGATIONS, "aggregation")
-
-
-PARAMETERS: dict[str, Parameter] = {
-    "run": Parameter("data/runs/quick", _text(), "the run's folder: records, tables, figures"),
-    "model": Parameter("organism", _names, "hub name or folder of the encoder, or several"),
-    "model_revision": Parameter(None, _text(True), "hub revision of the model"),
-    "task": Parameter(
-        ["sentiment", "topic"], _names, "registered task, hub data set or file, or several"
-    ),
-    "text_column": Parameter(None, _columns, "text column, or two for pairs, where not found"),
-    "label_column": Parameter(None, _text(True), "label column, where it is not found"),
-    "data_revision": Parameter(None, _text(True), "hub revision of the data set"),
-    "metric": Parameter(None, _text(True), "score to use instead of the task's own"),
-    "seeds": Parameter([0, 1, 2], _seeds, "one unit of inference for each task and seed"),
-    "sides": Parameter(
-        list(SIDES), _among(lambda: SIDES, "side"), "which end of the encoder is corrupted"
-    ),
-    "levels": Parameter(["1/6", "1/2", "1"], _levels, "corrupted fractions of the layers"),
-    "layers": Parameter(None, _layers, "these layers instead of sides and levels"),
-    "kind": Parameter(["reinit"], _kinds, "kinds of corruption, such as reinit or noise=0.5"),
-    "part": Parameter("all", _one(_parts, "part"), "what of a layer, or beside them, is corrupted"),
-    "start": Parameter(
-        "pre-trained", _one(lambda: STARTS, "start"), "which model is corrupted, then fine-tuned"
-    ),
-    "recipe": Parameter("full", _one(_recipes, "recipe"), "how corrupted models are healed"),
-    "init_levels": Parameter(
-        [], _levels, "levels that are also redrawn with the model's own initialiser"
-    ),
-    "scratch": Parameter(True, _flag, "also train from random initial values"),
-    "scans": Parameter({}, _scans, "cells beside that grid, by scan: see the parameters' `SCAN`"),
-    "head": Parameter(
-        "first", _one(_heads, "head"), "reads the first token (the model's own), or the mean"
-    ),
-    "train_size": Parameter(
-        1000, _by_task(_integer(1, True)), "labelled examples, null for all; or by task"
-    ),
-    "validation_size": Parameter(500, _integer(1), "held out of training for learning curves"),
-    "test_size": Parameter(None, _integer(1, True), "scored examples, null for all"),
-    "epochs": Parameter(
-        4.0, _by_task(_number(0, 1000, True)), "passes over the training examples; or by task"
-    ),
-    "batch_size": Parameter(32, _integer(1), "examples in a step"),
-    "learning_rate": Parameter(
-        5e-4, _by_task(_number(0, 1, True)), "peak learning rate; or by task"
-    ),
-    "weight_decay": Parameter(0.01, _number(0, 1), "of AdamW"),
-    "warmup": Parameter(0.1, _number(0, 1), "fraction of the steps with a rising rate"),
-    "max_grad_norm": Parameter(1.0, _number(0, 1e6, True), "gradients are clipped to this norm"),
-    "max_length": Parameter(128, _integer(4), "tokens a text is cut to"),
-    "max_tokens": Parameter(8192, _integer(16), "tokens computed at once, padding included"),
-    "evaluations": Parameter(12, _integer(1), "points on a learning curve after the first"),
-    "precision": Parameter("auto", _precision, "auto, float32, bfloat16 or float16"),
-    "device": Parameter(None, _text(True), "cpu or cuda, null for the best there is"),
-    "threads": Parameter(1, _integer(1), "CPU threads; results repeat for the same number"),
-    "workers": Parameter(2, _integer(1), "processes that share the cells of a stage"),
-    # 04_linguistics
-    "corpus": Parameter(
-        ["organism"], _names, "corpus whose words are labelled: a name or a file, or several"
-    ),
-    "column": Parameter(["pos"], _labels, "its labels; of several corpora one each"),
-    "word_column": Parameter(0, _integer(0), "column of the words in a file of columns, from 0"),
-    "corpus_test": Parameter(None, _text(True), "file of the test part, where it is another one"),
-    "aggregation": Parameter(
-        "last", _aggregation, "which of a word's subwords speaks for it: first, last or mean"
-    ),
-    "probe_train": Parameter(
-        200, _integer(2, True), "training sentences of a corpus, null for all"
-    ),
-    "probe_test": Parameter(200, _integer(1, True), "scored sentences of a corpus, null for all"),
-    "probe_models": Parameter(
-        None,
-        _columns,
-        "models that are probed, null for the study's own",
-    ),
-    "probe_tasks": Parameter(
-        None, _columns, "tasks whose fine-tuned models are probed, null for the study's own"
-    ),
-    "neuron_delta": Parameter(
-        0.01, _number(0, 0.99), "accuracy that the minimal set of neurons may lose"
-    ),
-    "healed_tasks": Parameter(
-        None, _tasks, "tasks whose broken and healed models are probed, null for all"
-    ),
-    "probe_levels": Parameter(["1/2"], _levels, "levels at which those are probed, kind reinit"),
-    # 00_model_organism only
-    "pretraining_steps": Parameter(40, _integer(1), "steps of the pre-training shown"),
-    "publish": Parameter(False, _flag, "train fully and replace the shipped organism"),
-    "organism_seeds": Parameter([0, 1, 2, 3, 4], _seeds, "seeds of the organism's table"),
-}
-
-# The fields of a scan: its cells are the product of their values. What is not given is as in the
-# main grid, with `levels` at one half.
-SCAN: dict[str, Parameter] = {
-    "state": Parameter(
-        ["healed"], _among(lambda: STATES, "state"), "healed, broken, intact, scratch"
-    ),
-    "broken": Parameter(True, _flag, "score what is healed broken too, without training"),
-    "task": Parameter(None, _names, "some of the study's tasks"),
-    "seeds": Parameter(None, _seeds, "seeds"),
-    "sides": Parameter(None, _among(_controls, "side"), "also random and scattered, the controls"),
-    "levels": Parameter(["1/2"], _levels, "corrupted fractions of the layers"),
-    "layers": Parameter(None, _layer_sets, "each, or lists of layers, instead of sides and levels"),
-    "kind": Parameter(["reinit"], _kinds, "kinds, with their strengths"),
-    "part": Parameter(["all"], _among(_parts, "part"), "parts"),
-    "start": Parameter(["pre-trained"], _among(lambda: STARTS, "start"), "starts"),
-    "recipe": Parameter(["full"], _among(_recipes, "recipe"), "recipes"),
-    "head": Parameter(None, _among(_heads, "head"), "heads"),
-    "train_size": Parameter(None, _by_task(_several(_integer(1))), "labelled examples; or by task"),
-    "epochs": Parameter(
-        None, _by_task(_several(_number(0, 1000, True))), "passes over them; or by task"
-    ),
-    "learning_rate": Parameter(
-        None, _by_task(_several(_number(0, 1, True))), "peak learning rates; or by task"
-    ),
-    "probed": Parameter(False, _flag, "look inside its intact models too (04_linguistics)"),
-    "evaluations": Parameter(None, _several(_integer(1)), "points on a learning curve"),
-}
-
-
-def read_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Clean values for what is `given`, defaults for the rest.
-
-    Raises HealingError naming the parameter, what is allowed, and for an unknown name the nearest.
-    """
-    values = {}
-    for name in given:
-        if name not in PARAMETERS:
-            guess = nearest(name, PARAMETERS)
-            hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(PARAMETERS)}"
-            raise HealingError(f"unknown parameter {name!r}; {hint}")
-    for name, parameter in PARAMETERS.items():
-        try:
-            values[name] = parameter.read(given.get(name, parameter.default))
-        except HealingError as error:
-            raise HealingError(f"parameter {name} is {given[name]!r}: {error}") from error
-    return values
-
-
 def notebook_parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters among a notebook's variables, checked.
 
@@ -423,6 +303,6 @@ def notebook_parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
     }
     if namespace.get("_parameters_checked"):
-        given = {name: value for name, value in given.items() if name in PARAMETERS}
+        given = {name: value for name, value in given.items() if name in Parameters.model_fields}
     namespace["_parameters_checked"] = True
     return read_parameters(given)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,13 @@ class Task:
 
     hub: str
     text: tuple[str, ...]
-    label: str = "label"
     config: str | None = None
     metric: str = "f1"
-    train: str = "train"
     scored: str = "test"
 
 
 def _glue(config: str, *text: str, metric: str = "f1", scored: str = "validation") -> Task:
-    return Task("nyu-mll/glue", text, config=config, metric=metric, scored=scored)
+    return Task("nyu-mll/glue", text, config, metric, scored)
 
 
 REGISTRY: dict[str, Task] = {
@@ -54,7 +52,7 @@ REGISTRY: dict[str, Task] = {
     "sst2": Task("stanfordnlp/sst2", ("sentence",), scored="validation"),  # test labels are hidden
     "imdb": Task("stanfordnlp/imdb", ("text",)),
     "ag_news": Task("fancyzhx/ag_news", ("text",)),
-    "emotion": Task("dair-ai/emotion", ("text",), config="split"),
+    "emotion": Task("dair-ai/emotion", ("text",), "split"),
     "dbpedia": Task("fancyzhx/dbpedia_14", ("content",)),
     "twitter_financial": Task(
         "zeroshot/twitter-financial-news-topic", ("text",), scored="validation"  # has no test split
@@ -80,7 +78,8 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, rows: Sequence[int]) -> Split:
+    def take(self, rows: Iterable[int]) -> Split:
+        rows = list(rows)
         return Split([self.texts[i] for i in rows], [self.labels[i] for i in rows])
 
     def sha(self) -> str:
@@ -151,168 +150,147 @@ def load_task(
     """
     if metric is not None:
         choose(metric, METRICS, "metric")
-    if name in organism.TASKS:
-        if metric == "spearman":
-            raise HealingError(
-                f"metric 'spearman' does not fit task {name!r}: it is classification"
-            )
-        if text or label or revision:
-            raise HealingError(f"task {name!r} has no columns or revisions to name")
-        splits = organism.sentence_task(name)
-        data = TaskData(
-            name, Split(*splits["train"]), Split(*splits["test"]), tuple(organism.TASKS[name]),
-            metric or "f1", Split(*splits["validation"]),
-        )  # fmt: skip
+    if name not in organism.TASKS:
+        data = _from_tables(name, text, label, revision)
+    elif text or label or revision:
+        raise HealingError(f"task {name!r} has no columns or revisions to name")
     else:
-        data = _load_columns(name, text, label, metric, revision)
+        splits = {split: Split(*pairs) for split, pairs in organism.sentence_task(name).items()}
+        classes = tuple(organism.TASKS[name])
+        data = TaskData(name, splits["train"], splits["test"], classes, "f1", splits["validation"])
+    data = replace(data, metric=metric or data.metric)
+    if (data.metric == "spearman") != data.regression:
+        kind = "regression" if data.regression else "classification"
+        raise HealingError(f"metric {data.metric!r} does not fit task {name!r}, which is {kind}")
     if test_size is not None and test_size < len(data.test):
         rows = sorted(random.Random(0).sample(range(len(data.test)), test_size))
-        data = TaskData(
-            data.name, data.pool, data.test.take(rows), data.classes, data.metric, data.validation
-        )
+        data = replace(data, test=data.test.take(rows))
     return data
 
 
-def _load_columns(
-    name: str,
-    text: str | Sequence[str] | None,
-    label: str | None,
-    metric: str | None,
-    revision: str | None,
+def _from_tables(
+    name: str, text: str | Sequence[str] | None, label: str | None, revision: str | None
 ) -> TaskData:
+    """A task whose texts and labels are columns of the hub's tables or of files."""
     train, test, task = _open(name, revision)
-    columns = train.column_names
-    text_columns = _text_columns(text or (task.text if task else None), columns, name)
-    label_column = _label_column(label or (task.label if task else None), columns, name)
-    feature = train.features[label_column]
-    kind = getattr(feature, "dtype", "list")
+    usual = [task.text] if task else TEXT_COLUMNS
+    texts = _columns("text", (text,) if isinstance(text, str) else text, usual, train, name)
+    if len(texts) > 2:
+        raise HealingError(f"{len(texts)} text columns named; one or two are possible")
+    usual = [(column,) for column in LABEL_COLUMNS]
+    (label,) = _columns("label", (label,) if label else None, usual, train, name)
+    kind = getattr(train.features[label], "dtype", "list")
     if kind in ("list", "dict"):
-        raise HealingError(f"task {name!r}: column {label_column!r} holds no single label a text")
-    names = getattr(feature, "names", None)
-    pool, pool_labels = _texts(train, text_columns, name), list(train[label_column])
-    scored, scored_labels = _texts(test, text_columns, name), list(test[label_column])
-    for where, values in (("training", pool_labels), ("scored", scored_labels)):
-        # Where classes have names, the hub writes -1 for a label that is kept secret.
+        raise HealingError(f"task {name!r}: column {label!r} holds no single label a text")
+    # Where classes have names, the hub writes -1 for a label that is kept secret.
+    names = getattr(train.features[label], "names", None)
+    labels = [list(table[label]) for table in (train, test)]
+    for where, values in zip(("training", "scored"), labels, strict=True):
         missing = sum(v is None or v != v or (bool(names) and v == -1) for v in values)
         if missing:
             raise HealingError(
-                f"task {name!r}: {missing} of {len(values)} {where} labels in column "
-                f"{label_column!r} are missing" + (" (None or -1)" if names else "")
+                f"task {name!r}: {missing} of {len(values)} {where} labels in column {label!r} are "
+                "missing" + (" (None or -1)" if names else "")
             )
     if kind.startswith("float"):
-        labels = [float(v) for v in pool_labels], [float(v) for v in scored_labels]
+        ids = [[float(v) for v in values] for values in labels]
         classes: tuple[str, ...] = ()
     else:
-        order = list(range(len(names))) if names else sorted(set(pool_labels))
+        order = list(range(len(names))) if names else sorted(set(labels[0]))
         index = {value: i for i, value in enumerate(order)}
-        unseen = sorted({str(v) for v in scored_labels if v not in index})
+        unseen = sorted({str(v) for v in labels[1] if v not in index})
         if unseen:
             raise HealingError(
                 f"task {name!r}: label {unseen[0]!r} is scored but never occurs in training"
             )
-        labels = [index[v] for v in pool_labels], [index[v] for v in scored_labels]
+        ids = [[index[v] for v in values] for values in labels]
         classes = tuple(names or map(str, order))
         if len(classes) < 2:
-            raise HealingError(f"task {name!r} has only one class in column {label_column!r}")
+            raise HealingError(f"task {name!r} has only one class in column {label!r}")
+    pool, scored = (
+        Split(_texts(table, texts, name), found)
+        for table, found in zip((train, test), ids, strict=True)
+    )
     default = task.metric if task else ("f1" if classes else "spearman")
-    chosen = metric or default
-    if (chosen == "spearman") != (not classes):
-        kind = "classification" if classes else "regression"
-        raise HealingError(f"metric {chosen!r} does not fit task {name!r}, which is {kind}")
-    return TaskData(name, Split(pool, labels[0]), Split(scored, labels[1]), classes, chosen)
+    return TaskData(name, pool, scored, classes, default)
 
 
 def _open(name: str, revision: str | None) -> tuple[Any, Any, Task | None]:
     """Training and scored tables of a task, and its registry entry if it has one."""
+    named = [
+        task
+        for key, task in REGISTRY.items()
+        if name in (key, task.hub, f"{task.hub}:{task.config}")
+    ]
+    task = named[0] if len(named) == 1 else None  # GLUE's hub name alone stands for seven
+    path = Path(name).expanduser()
+    if task is None and (path.exists() or path.suffix in SUFFIXES):
+        files = _files(path)
+        kinds = {SUFFIXES[file.suffix] for file in files.values()}
+        if len(kinds) > 1:
+            kinds = ", ".join(sorted(kinds))
+            raise HealingError(f"files in {path} are of different types: {kinds}")
+        data_files = {split: str(file) for split, file in files.items()}
+        splits = _load(f"cannot read {path}", kinds.pop(), data_files=data_files)
+    else:
+        if task is None and "/" not in name:
+            known = [*organism.TASKS, *REGISTRY]
+            choose(name, known, "task (or give a hub name with its owner, or a file)")
+        hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
+        doing = f"cannot load data set {name!r} from the hub"
+        splits = _load(doing, hub, config or None, revision=revision)
+    scored = [task.scored] if task else ["test", "validation", "dev"]
+    found = next((s for s in scored if s in splits), None)
+    if "train" not in splits or (found is None and set(splits) != {"train"}):
+        raise HealingError(
+            f"task {name!r} has splits {', '.join(splits)}: need train and {' or '.join(scored)}"
+        )
+    if found is None:  # one file: a fifth of it is scored, the same fifth always
+        if len(splits["train"]) < 2:
+            raise HealingError(f"task {name!r} has {len(splits['train'])} rows: too few to split")
+        splits, found = splits["train"].train_test_split(test_size=0.2, seed=0), "test"
+    return splits["train"], splits[found], task
+
+
+def _load(doing: str, *arguments: Any, **settings: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    task = REGISTRY.get(name) or next(
-        (t for t in REGISTRY.values() if f"{t.hub}:{t.config}" == name), None
-    )
-    if task is None and "/" in name:
-        whole = [t for t in REGISTRY.values() if t.hub == name]
-        task = whole[0] if len(whole) == 1 else None
-    path = Path(name).expanduser()
-    if task is None and (path.exists() or path.suffix in SUFFIXES):
-        splits = _open_files(path)
-    elif task is None and "/" not in name:
-        known = [*organism.TASKS, *REGISTRY]
-        choose(name, known, "task (or give a hub name with its owner, or a file)")
-        raise AssertionError  # choose raises: the name is not known
-    else:
-        hub, config = (task.hub, task.config) if task else (name.split(":")[0], None)
-        if task is None and ":" in name:
-            config = name.split(":", 1)[1]
-        try:
-            splits = datasets.load_dataset(hub, config, revision=revision)
-        except Exception as error:
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise HealingError(f"cannot load data set {name!r} from the hub: {cause}") from error
-    train = task.train if task else "train"
-    scored = [task.scored] if task else ["test", "validation", "dev"]
-    found = next((s for s in scored if s in splits), None)
-    if train not in splits or (found is None and set(splits) != {train}):
-        raise HealingError(
-            f"task {name!r} has splits {', '.join(splits)}: need {train} and {' or '.join(scored)}"
-        )
-    if found is None:  # one file: a fifth of it is scored, the same fifth always
-        if len(splits[train]) < 2:
-            raise HealingError(f"task {name!r} has {len(splits[train])} rows: too few to split")
-        halves = splits[train].train_test_split(test_size=0.2, seed=0)
-        return halves["train"], halves["test"], None
-    return splits[train], splits[found], task
+    try:
+        return datasets.load_dataset(*arguments, **settings)
+    except Exception as error:
+        wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = (error.__cause__ if wrapped else None) or error
+        empty = "it holds no rows" if isinstance(cause, StopIteration) else type(cause).__name__
+        why = str(cause) or empty
+        raise HealingError(f"{doing}: {why.splitlines()[0]}") from error
 
 
-def _open_files(path: Path) -> Any:
-    """Splits of a file, or of the files named train, validation, dev and test in a folder."""
-    import datasets
-
+def _files(path: Path) -> dict[str, Path]:
+    """A file, or the files named train, validation, dev and test in a folder, by split."""
     if path.is_dir():
         files = {f.stem: f for f in sorted(path.iterdir()) if f.suffix in SUFFIXES}
-        files = {s: f for s, f in files.items() if s in ("train", "validation", "dev", "test")}
         if "train" not in files:
             raise HealingError(f"folder {path} holds no train.csv, train.jsonl or train.parquet")
-    elif not path.exists():
+        return {s: f for s, f in files.items() if s in ("train", "validation", "dev", "test")}
+    if not path.exists():
         raise HealingError(f"no such file: {path}")
-    else:
-        if path.suffix not in SUFFIXES:
-            choose(path.suffix, SUFFIXES, f"file type of {path}")
-        files = {"train": path}
-    kinds = {SUFFIXES[f.suffix] for f in files.values()}
-    if len(kinds) > 1:
-        raise HealingError(f"files in {path} are of different types: {', '.join(sorted(kinds))}")
-    try:
-        return datasets.load_dataset(kinds.pop(), data_files={s: str(f) for s, f in files.items()})
-    except Exception as error:
-        cause = (str(error.__cause__ or error) or "it holds no rows").splitlines()[0]
-        raise HealingError(f"cannot read {path}: {cause}") from error
+    choose(path.suffix, SUFFIXES, f"file type of {path}")
+    return {"train": path}
 
 
-def _text_columns(
-    wanted: str | Sequence[str] | None, columns: Sequence[str], name: str
+def _columns(
+    what: str, wanted: Sequence[str] | None, usual: Sequence[tuple[str, ...]], table: Any, name: str
 ) -> tuple[str, ...]:
+    """The columns that are wanted, or the first usual ones that are there."""
     if wanted:
-        chosen = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-        if len(chosen) > 2:
-            raise HealingError(f"{len(chosen)} text columns named; one or two are possible")
-        return tuple(choose(c, columns, f"text column of {name!r}") for c in chosen)
-    for candidate in TEXT_COLUMNS:
-        if set(candidate) <= set(columns):
-            return candidate
+        return tuple(choose(c, table.column_names, f"{what} column of {name!r}") for c in wanted)
+    for columns in usual:
+        if set(columns) <= set(table.column_names):
+            return columns
     raise HealingError(
-        f"no text column found in {name!r}, which has {', '.join(columns)}: name it (text_column)"
-    )
-
-
-def _label_column(wanted: str | None, columns: Sequence[str], name: str) -> str:
-    if wanted:
-        return choose(wanted, columns, f"label column of {name!r}")
-    for candidate in LABEL_COLUMNS:
-        if candidate in columns:
-            return candidate
-    raise HealingError(
-        f"no label column found in {name!r}, which has {', '.join(columns)}: name it (label_column)"
+        f"no {what} column found in {name!r}, which has {', '.join(table.column_names)}: name it "
+        f"({what}_column)"
     )
 
 

@@ -7,12 +7,11 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
 from helpers import save_tiny_bert, tiny_study, write_planted_task
 
-from healing_utils.analysis import harm, results, statistics
+from healing_utils.analysis import guidance, harm, price, results
 from healing_utils.base.errors import HealingError
 from healing_utils.report import harm_figures
 from healing_utils.report.figures import alt_text
@@ -110,13 +109,6 @@ def test_controls_tell_the_bottom_from_how_much_is_hit():
     assert found.loc["random", "verdict"] == "undecided"
 
 
-def test_random_layers_that_are_the_bottom_ones_are_counted():
-    table = cells(INTACT, {"score": 0.6})
-    drawn = table[(table["state"] == "healed") & (table["seed"] == 0)]
-    table = pd.concat([table, drawn.assign(side="random", scan="controls")])
-    assert harm.against_controls(table)["same"].item() == 1
-
-
 # --- First aid ------------------------------------------------------------------------------------
 
 
@@ -131,13 +123,6 @@ def test_the_league_finds_what_helps_and_what_hurts():
     assert table.loc["drop", "gain"] == pytest.approx(0.1, abs=1e-3)
     assert table.loc["drop", "units_needed"] == 2  # an effect of hundreds of standard deviations
     assert math.isnan(table.loc["transplant", "units_needed"])  # nothing beyond the margin to show
-
-
-def test_a_recipe_is_compared_on_the_units_that_both_have():
-    table = cells(INTACT, {"score": 0.7}, {"recipe": "drop", "score": 0.8})
-    table = table[~((table["recipe"] == "drop") & (table["seed"] > 1))]
-    found = harm.league(table).set_index("recipe")
-    assert found.loc["drop", "n"] == 2 and found.loc["full", "n"] == 2
 
 
 def test_recipes_for_different_layers_are_not_mixed():
@@ -158,26 +143,6 @@ def test_a_cell_that_a_scan_names_by_its_layers_still_counts_by_side():
     assert harm.by_harm(both).equals(harm.by_harm(table)) and len(harm.by_harm(both)) == 1
 
 
-def test_without_recipes_there_is_no_league():
-    assert harm.league(cells(INTACT, {"score": 0.7})).empty
-
-
-def test_units_needed_is_that_of_tables_of_power():
-    # Cohen (1988), table 2.4.1 and its like for one sample: d = 0.5, one-sided 0.05, power 0.8.
-    assert statistics.units_needed(0.5) == 27
-    assert statistics.units_needed(-0.5) == 27
-    assert statistics.units_needed(1.0) == 8
-    assert math.isnan(statistics.units_needed(0.0))
-
-
-def test_units_needed_has_the_power_it_says():
-    rng, n = np.random.default_rng(0), int(statistics.units_needed(0.8))
-    draws = rng.normal(0.8, 1, size=(4000, n))
-    t = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / math.sqrt(n))
-    power = (t > statistics.stats.t.ppf(0.95, n - 1)).mean()
-    assert 0.78 < power < 0.87  # at least 0.8, up to the step of one unit; 4,000 draws: ± 0.013
-
-
 # --- The price ------------------------------------------------------------------------------------
 
 
@@ -187,7 +152,7 @@ def priced(scores, **more):
         {"score": score, "train_size": size, "usual": size == 100, **more}
         for size, score in scores.items()
     ]
-    table = harm.price(cells(INTACT, *rows))
+    table = price.price(cells(INTACT, *rows))
     return dict(zip(table["share"], table["needed"], strict=True))
 
 
@@ -212,22 +177,16 @@ def test_what_lies_within_the_noise_is_not_resolvable():
     table = cells(INTACT)
     table = pd.concat([table, cells(INTACT, *rows, seeds=[0]).query("state == 'healed'")])
     table["intact"] = 0.9
-    found = harm.price(table).set_index("share")
+    found = price.price(table).set_index("share")
     assert found.loc[0.9, "needed"] == "not resolvable"
     assert found.loc[0.99, "needed"] == "more than 100"
-
-
-def test_one_seed_prices_nothing():
-    rows = [{"score": 0.89, "train_size": n, "usual": n == 100} for n in (50, 100)]
-    found = harm.price(cells(INTACT, *rows, seeds=[0]))
-    assert set(found["needed"]) == {"not resolvable: one seed"}
 
 
 def test_a_training_that_broke_off_has_not_reached_the_share():
     table = cells(INTACT, {"score": 0.89})
     broke = curves(table, shape=(1.0, 1.0, 1.0))
     broke = broke[(broke["state"] == "intact") | (broke["seed"] > 0) | (broke["step"] < 30)]
-    found = harm.price_in_steps(broke)
+    found = price.price_in_steps(broke)
     assert set(found[found["state"] == "healed"]["needed"]) == {"more than 30"}
 
 
@@ -236,7 +195,7 @@ def test_other_rates_and_epochs_are_not_priced_in_examples():
         {"score": 0.7},
         {"score": 0.9, "train_size": 50, "epochs": 8.0, "usual": False},
     ]
-    assert harm.price(cells(INTACT, *rows)).empty
+    assert price.price(cells(INTACT, *rows)).empty
 
 
 def curves(table: pd.DataFrame, shape=(0.4, 0.7, 1.0), steps=(10, 20, 30)) -> pd.DataFrame:
@@ -252,7 +211,7 @@ def curves(table: pd.DataFrame, shape=(0.4, 0.7, 1.0), steps=(10, 20, 30)) -> pd
 
 def test_steps_are_priced_from_the_longest_training():
     table = cells(INTACT, {"score": 0.8}, {"score": 0.9, "epochs": 8.0, "usual": False})
-    found = harm.price_in_steps(curves(table))
+    found = price.price_in_steps(curves(table))
     healed = found[found["state"] == "healed"].set_index("share")
     assert healed.loc[0.9, "largest"] == 120 and healed.loc[0.9, "needed"] == "120"
 
@@ -269,13 +228,13 @@ def test_the_control_chooses_its_rate_on_held_out_examples():
     # On held-out examples the low rate is the best, whatever it scores on the test set.
     low = held_out["learning_rate"] == 5e-4
     held_out.loc[low, "score"] += 1
-    row = harm.training_control(table, held_out).set_index("state").loc["healed"]
+    row = price.training_control(table, held_out).set_index("state").loc["healed"]
     assert row["rate"] == 5e-4 and row["score_at_rate"] == pytest.approx(0.6, abs=1e-3)
     assert row["usual_at_rate"] == pytest.approx(0.7, abs=1e-3) and row["n_rates"] == len(SEEDS)
     assert row["more"] == 4 and row["gained"] == pytest.approx(0.15, abs=1e-3)
     assert row["rising"]  # 0.7 to 1.0 of the score in the last third
     flat = curves(table, shape=(0.9, 1.0, 1.0))
-    assert not harm.training_control(table, flat).set_index("state").loc["healed", "rising"]
+    assert not price.training_control(table, flat).set_index("state").loc["healed", "rising"]
 
 
 # --- Guidance -------------------------------------------------------------------------------------
@@ -288,7 +247,7 @@ def test_the_guidance_follows_the_data():
             {"recipe": "drop", "score": drop},
             {"state": "scratch", "score": 0.75},
         ]
-        return " ".join(harm.guidance(cells(INTACT, *rows)))
+        return " ".join(guidance.advice(cells(INTACT, *rows)))
 
     assert "drop, +10.0" in advice(0.8) and "Start anew after bottom 1/2" in advice(0.8)
     assert "Clearly worse there: drop" in advice(0.5) and "no recipe is clearly" in advice(0.5)
@@ -298,12 +257,12 @@ def test_the_guidance_names_what_no_gradient_can_heal():
     table = cells(INTACT, {"score": 0.3, "harm": "zero", "kind": "zero"})
     lost = (table["state"] == "healed") & (table["seed"] < 2)
     table.loc[lost, "diverged"] = "the loss is nan"
-    said = " ".join(harm.guidance(table))
+    said = " ".join(guidance.advice(table))
     assert "After zero the training of 2 of 5 models broke off" in said
 
 
 def test_the_guidance_is_silent_on_what_was_not_run():
-    assert harm.guidance(cells(INTACT)) == []
+    assert guidance.advice(cells(INTACT)) == []
 
 
 # --- From real records ----------------------------------------------------------------------------
@@ -349,16 +308,16 @@ def test_every_table_and_figure_is_made_from_a_run(run):
         "controls": harm.against_controls(every),
         "league": harm.league(every),
         "deployed": harm.deployed(every),
-        "price": harm.price(every),
-        "steps": harm.price_in_steps(learning),
-        "control": harm.training_control(every, learning),
+        "price": price.price(every),
+        "steps": price.price_in_steps(learning),
+        "control": price.training_control(every, learning),
         "worth": harm.worth(every),
     }
     assert not {name for name, table in tables.items() if table.empty}
     assert set(tables["vulnerability"]["part"]) == {"all", "attention"}
     assert len(tables["vulnerability"]) == 2 * 2 * 3  # states, parts, layers
-    assert set(harm.price_list(tables["price"])) >= {"what", "90%", "95%", "99%"}
-    assert harm.guidance(every, learning)
+    assert set(price.price_list(tables["price"])) >= {"what", "90%", "95%", "99%"}
+    assert guidance.advice(every, learning)
     similar = pd.concat(
         [results.load_similarity(run, stage) for stage in ("corruption", "harms")]
     ).drop_duplicates(["key", "layer", "measure"])

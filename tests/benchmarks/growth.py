@@ -123,8 +123,9 @@ def measure_cells(seeds: int) -> dict[str, float]:
     has nothing left to compute. The records' contents are made up, of a usual size."""
     import yaml
 
+    from healing_utils.study.cells import STAGES
     from healing_utils.study.parameters import read_parameters
-    from healing_utils.study.study import STAGES, Study
+    from healing_utils.study.study import Study
 
     profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "quick.yaml").read_text())
     with tempfile.TemporaryDirectory() as run:
@@ -145,11 +146,11 @@ def measure_cells(seeds: int) -> dict[str, float]:
 
 
 def measure_words(layers: int, hidden: int, heads: int, words: int) -> dict[str, float]:
-    """Store the activations of sentences of 20 words and probe every layer for a label that hangs
-    on the word and its left neighbour. Extraction is timed as well on its own, and without a file.
+    """Map the activations of sentences of 20 words to a file and probe every layer for a label that
+    hangs on the word and its left neighbour. Extraction is timed on its own too, and in memory.
     """
     from healing_utils.healing import models
-    from healing_utils.probing.activations import extract_activations, stored_activations
+    from healing_utils.probing.activations import compact_activations, extract_activations
     from healing_utils.probing.probes import fit_probes
 
     tokenizer = models.load_tokenizer("organism")
@@ -159,15 +160,12 @@ def measure_words(layers: int, hidden: int, heads: int, words: int) -> dict[str,
     ids = rng.integers(0, len(vocabulary), (words // 20, 20))
     sentences = [[vocabulary[i] for i in row] for row in ids]
     labels = ((ids + np.roll(ids, 1, axis=1) // 400) % 19).ravel()
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        x = stored_activations(
-            Path(folder) / "x.npy", model, tokenizer, sentences, identity="random weights"
-        )
-        extracted = time.perf_counter() - start
-        fit_probes(x, labels, 19, 1e-3, 1e-2)
-        seconds = time.perf_counter() - start
-        del x
+    start = time.perf_counter()
+    x, _ = compact_activations(model, tokenizer, sentences, memory=0)
+    extracted = time.perf_counter() - start
+    fit_probes(x, labels, 19, 1e-3, 1e-2)
+    seconds = time.perf_counter() - start
+    del x
     found = {"seconds": seconds, "extraction": extracted, "gigabytes": peak_gigabytes()}
     start = time.perf_counter()
     extract_activations(model, tokenizer, sentences)
@@ -216,13 +214,13 @@ def draw(result: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    from healing_utils.report import figures
+    from healing_utils.report import plots
 
     def plain(value: float, _: Any = None) -> str:
         return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
-    with figures.style():
-        figure = Figure(figsize=(figures.PAGE, 3.6), layout="constrained")
+    with plots.style():
+        figure = Figure(figsize=(plots.PAGE, 3.6), layout="constrained")
         axes = figure.subplots(2, len(AXES), sharex="col", sharey="row")
         for column, (what, (label, title)) in zip(axes.T, AXES.items(), strict=True):
             rows = result["points"][what]

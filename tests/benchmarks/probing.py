@@ -101,9 +101,9 @@ with open(f"{folder}/neurox_seconds.json", "w") as file:
 
 def read_corpus(counts: tuple[int, int]) -> dict[str, tuple[list[list[str]], list[list[str]]]]:
     """Words and chunk labels of the first sentences of both files, by part."""
-    from healing_utils.texts.corpora import _nltk
+    from healing_utils.texts.corpora import nltk_reader
 
-    conll2000, corpus = _nltk("conll2000"), {}
+    conll2000, corpus = nltk_reader("conll2000"), {}
     for part, count in zip(FILES, counts, strict=True):
         sentences = conll2000.iob_sents(f"{part}.txt")[:count]
         corpus[part] = (

@@ -24,7 +24,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-WAYS = ("in-process", "1 further process", "Ray, 1 CPU", "Ray, 2 nodes of 1 CPU")
+WAYS = ("in-process", "2 processes", "Ray, 1 CPU", "Ray, 2 nodes of 1 CPU")
+EXECUTORS = ("in-process", "workers", "ray", "ray")
 sys.path.insert(0, str(HERE.parent))  # what the tests have for clusters and records
 
 
@@ -37,24 +38,24 @@ def measure(way: str) -> dict[str, Any]:
     from healing_utils.study.parameters import read_parameters
     from healing_utils.study.study import Study
 
-    os.environ |= {"HEALING_PROGRESS": "quiet", "HEALING_EXECUTOR": "workers"}
+    os.environ["HEALING_PROGRESS"] = "quiet"
     profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "quick.yaml").read_text())
     folder = Path(tempfile.mkdtemp(prefix="scaling-"))
     given = {
         **profile, "scans": {}, "task": "sentiment", "seeds": [0, 1], "run": str(folder),
-        "workers": 2 if way == WAYS[1] else 1,
+        "workers": 2,
     }  # fmt: skip
     study = Study(read_parameters(given))
-    study.plan("recovery")  # so that the data are made
-    start = time.perf_counter()
+    cells = study.plan("recovery")  # so that the data are made
+    start, address = time.perf_counter(), None
     with contextlib.ExitStack() as running:
         if way.startswith("Ray"):
             from loopback import loopback_cluster
 
             cluster = running.enter_context(loopback_cluster(2 if way == WAYS[3] else 1))
-            os.environ |= {"HEALING_EXECUTOR": "ray", "HEALING_RAY_ADDRESS": cluster.address}
+            address = cluster.address
         begun = time.perf_counter()
-        study.run("recovery")
+        study.compute(cells, way, EXECUTORS[WAYS.index(way)], address)
         seconds = time.perf_counter() - begun
     spent = [record["times"]["seconds"] for record in Store(folder).records("recovery")]
     made = digest(contents(folder))

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from healing_utils.analysis import statistics
+from healing_utils.analysis import effects
 from healing_utils.base.errors import HealingError
 from healing_utils.healing import models
+from healing_utils.healing.encoders import encoder_layers
 from healing_utils.healing.training import (
     Encoded,
     encode,
@@ -40,7 +41,6 @@ from healing_utils.healing.training import (
     pick_precision,
     position_limit,
 )
-from healing_utils.run.plan import Shape
 from healing_utils.study.study import PACKAGES, version
 from healing_utils.texts.tasks import TaskData, load_task
 
@@ -89,6 +89,16 @@ if GPU:
         for way in ("forward", "backward")
     )
 REST = "between kernels, the rest" if GPU else "Python, dispatch, the rest"
+
+
+def forward_operations(model: torch.nn.Module, data: Encoded) -> int:
+    """Of a forward pass, padding left out: two a weight of the layers and token; and for the
+    attention of a text of n tokens 4 n² hidden a layer, the products of queries with keys and of
+    weights with values."""
+    layers = encoder_layers(model)
+    weights = sum(p.numel() for layer in layers for p in layer.parameters())
+    attention = 4 * model.config.hidden_size * len(layers) * int((data.lengths**2).sum())
+    return 2 * weights * data.tokens + attention
 
 
 class Columns(torch.utils.data.Dataset):
@@ -213,8 +223,8 @@ def measure(work: argparse.Namespace) -> dict:
     warm = encode(tokenizer, train.texts[:64], train.labels[:64])
 
     rate = matrix_rate(LIMIT)
-    shape = Shape.of(models.load_classifier(work.model, task.num_labels, 0))
-    operations = 3 * shape.forward(data.lengths) / data.tokens  # backward takes two forward ones
+    model = models.load_classifier(work.model, task.num_labels, 0)
+    operations = 3 * forward_operations(model, data) / data.tokens  # backward takes two forward
     limit = rate * 1e9 / operations
     print(f"{rate:.0f} GFLOP/s, so at most {limit:.0f} tokens/s at {operations / 1e6:.0f} MFLOP")
 
@@ -278,7 +288,7 @@ def measure(work: argparse.Namespace) -> dict:
         "pairs": pairs,
         "scores": scores,
         "differences": {
-            name: statistics.t_interval(np.subtract(scores[name], scores[peer]))._asdict()
+            name: effects.t_interval(np.subtract(scores[name], scores[peer]))._asdict()
             for name in OURS
         },
     }

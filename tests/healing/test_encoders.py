@@ -15,7 +15,6 @@ from healing_utils.base.errors import HealingError
 from healing_utils.healing.encoders import (
     PARTS,
     encoder_layers,
-    encoder_parts,
     layer_parameters,
     parse_layers,
     parse_level,
@@ -23,56 +22,40 @@ from healing_utils.healing.encoders import (
     resolve_layers,
 )
 
+PART_NAMES = ("query", "key", "value", "attention_output", "feed_forward", "layernorm")
 # The weights of each family's parts, written down by hand from the published architectures.
 WEIGHTS = {
-    "bert": {
-        "query": ["attention.self.query.weight"],
-        "key": ["attention.self.key.weight"],
-        "value": ["attention.self.value.weight"],
-        "attention_output": ["attention.output.dense.weight"],
-        "feed_forward": ["intermediate.dense.weight", "output.dense.weight"],
-        "layernorm": ["attention.output.LayerNorm.weight", "output.LayerNorm.weight"],
-    },
-    "distilbert": {
-        "query": ["attention.q_lin.weight"],
-        "key": ["attention.k_lin.weight"],
-        "value": ["attention.v_lin.weight"],
-        "attention_output": ["attention.out_lin.weight"],
-        "feed_forward": ["ffn.lin1.weight", "ffn.lin2.weight"],
-        "layernorm": ["sa_layer_norm.weight", "output_layer_norm.weight"],
-    },
-    "xlnet": {
-        "query": ["rel_attn.q"],
-        "key": ["rel_attn.k"],
-        "value": ["rel_attn.v"],
-        "attention_output": ["rel_attn.o"],
-        "feed_forward": ["ff.layer_1.weight", "ff.layer_2.weight"],
-        "layernorm": ["rel_attn.layer_norm.weight", "ff.layer_norm.weight"],
-    },
-    "deberta-v2": {
-        "query": ["attention.self.query_proj.weight"],
-        "key": ["attention.self.key_proj.weight"],
-        "value": ["attention.self.value_proj.weight"],
-        "attention_output": ["attention.output.dense.weight"],
-        "feed_forward": ["intermediate.dense.weight", "output.dense.weight"],
-        "layernorm": ["attention.output.LayerNorm.weight", "output.LayerNorm.weight"],
-    },
-    "mpnet": {
-        "query": ["attention.attn.q.weight"],
-        "key": ["attention.attn.k.weight"],
-        "value": ["attention.attn.v.weight"],
-        "attention_output": ["attention.attn.o.weight"],
-        "feed_forward": ["intermediate.dense.weight", "output.dense.weight"],
-        "layernorm": ["attention.LayerNorm.weight", "output.LayerNorm.weight"],
-    },
-    "modernbert": {
-        "query": ["attn.Wqkv.weight"],
-        "key": ["attn.Wqkv.weight"],
-        "value": ["attn.Wqkv.weight"],
-        "attention_output": ["attn.Wo.weight"],
-        "feed_forward": ["mlp.Wi.weight", "mlp.Wo.weight"],
-        "layernorm": ["attn_norm.weight", "mlp_norm.weight"],
-    },
+    "bert": (
+        "attention.self.query attention.self.key attention.self.value attention.output.dense",
+        "intermediate.dense output.dense",
+        "attention.output.LayerNorm output.LayerNorm",
+    ),
+    "distilbert": (
+        "attention.q_lin attention.k_lin attention.v_lin attention.out_lin",
+        "ffn.lin1 ffn.lin2",
+        "sa_layer_norm output_layer_norm",
+    ),
+    "xlnet": (
+        "rel_attn.q rel_attn.k rel_attn.v rel_attn.o",
+        "ff.layer_1 ff.layer_2",
+        "rel_attn.layer_norm ff.layer_norm",
+    ),
+    "deberta-v2": (
+        "attention.self.query_proj attention.self.key_proj attention.self.value_proj "
+        "attention.output.dense",
+        "intermediate.dense output.dense",
+        "attention.output.LayerNorm output.LayerNorm",
+    ),
+    "mpnet": (
+        "attention.attn.q attention.attn.k attention.attn.v attention.attn.o",
+        "intermediate.dense output.dense",
+        "attention.LayerNorm output.LayerNorm",
+    ),
+    "modernbert": (
+        "attn.Wqkv attn.Wqkv attn.Wqkv attn.Wo",
+        "mlp.Wi mlp.Wo",
+        "attn_norm mlp_norm",
+    ),
 }
 WEIGHTS["roberta"] = WEIGHTS["electra"] = WEIGHTS["bert"]
 
@@ -81,117 +64,87 @@ def region(layer, piece):
     return layer.get_parameter(piece.name)[slice(None) if piece.rows is None else piece.rows]
 
 
-# --- Finding the layers ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_found_in_the_order_in_which_they_run(family, head):
+def test_layers_are_found_in_the_order_in_which_they_run_whatever_the_head(family, head):
     model = tiny_model(family, head)
     layers = encoder_layers(model)
-    assert len(layers) == LAYERS
     ran = []
     for index, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
     model(**tiny_batch())
-    assert ran == list(range(LAYERS))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_names_do_not_depend_on_the_head(family):
-    shapes = [
-        {name: p.shape for name, p in layer_parameters(tiny_model(family, head)).items()}
-        for head in HEADS
-    ]
-    assert shapes[0] == shapes[1] == shapes[2]
-    assert all(name.startswith("layer.") for name in shapes[0])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_embeddings_pooler_and_head_are_no_part_of_the_layers(family):
-    model = tiny_model(family, "classification")
-    ours = {id(parameter) for parameter in layer_parameters(model).values()}
-    outside = [name for name, p in model.named_parameters() if id(p) not in ours]
+    assert ran == list(range(LAYERS)) and len(layers) == LAYERS
+    ours = layer_parameters(model)
+    shapes = {name: p.shape for name, p in ours.items()}
+    assert shapes == {n: p.shape for n, p in layer_parameters(tiny_model(family)).items()}
+    assert all(name.startswith("layer.") for name in ours)
+    inside = {id(parameter) for parameter in ours.values()}
+    outside = [name for name, p in model.named_parameters() if id(p) not in inside]
     assert any("embed" in name for name in outside)
-    assert any(name.startswith(("classifier", "logits_proj")) for name in outside)
     assert not any(".layer.1." in name or ".layers.1." in name for name in outside)
 
 
-def test_shared_layers_are_refused_with_the_reason():
-    for head in HEADS:
-        with pytest.raises(HealingError, match="share weights, as in ALBERT"):
-            encoder_layers(tiny_model("albert", head))
-    wrapped = torch.nn.Sequential(tiny_model("albert"))
-    with pytest.raises(HealingError, match="share weights"):
-        encoder_layers(wrapped)
-
-
-def test_one_tied_matrix_between_layers_is_refused():
-    model = tiny_model("bert")
-    layers = encoder_layers(model)
+def tied(model):
+    layers = model.encoder.layer
     layers[2].intermediate.dense.weight = layers[0].intermediate.dense.weight
-    with pytest.raises(HealingError, match=r"layer\.0\.intermediate.*layer\.2\.intermediate"):
-        encoder_layers(model)
+    return model
 
 
-def test_models_without_one_encoder_are_refused():
-    with pytest.raises(HealingError, match="no stack of encoder layers"):
-        encoder_layers(torch.nn.Linear(3, 3))
-    with pytest.raises(HealingError, match="expected a torch model, got str"):
-        encoder_layers("bert-base-uncased")
-    both = hf.BartConfig(
-        vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24,
-        decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2,
-    )  # fmt: skip
-    with pytest.raises(HealingError, match=r"several stacks.*encoder\.layers.*decoder\.layers"):
-        encoder_layers(hf.BartModel(both))
-    fused = hf.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2)
-    with pytest.raises(HealingError, match="GPT2Model"):
-        encoder_layers(hf.GPT2Model(fused))
+def with_gadget(model):
+    model.encoder.layer[1].attention.self.gadget = torch.nn.Linear(16, 16)
+    return model
 
 
-def test_decoder_layers_and_unknown_parts_are_refused():
+def decoder():
     config = hf.BertConfig(**tiny_model("bert").config.to_diff_dict())
     config.is_decoder = config.add_cross_attention = True
-    with pytest.raises(HealingError, match="cross-attention"):
-        encoder_layers(hf.BertModel(config))
-    model = tiny_model("bert")
-    model.encoder.layer[1].attention.self.gadget = torch.nn.Linear(16, 16)
-    with pytest.raises(HealingError, match=r"cannot tell.*attention\.self\.gadget\.weight"):
-        encoder_layers(model)
+    return hf.BertModel(config)
 
 
-# --- Finding the parts ----------------------------------------------------------------------------
+def bart():
+    sizes = {"vocab_size": 60, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2}
+    sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return hf.BartModel(hf.BartConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        *((lambda h=h: tiny_model("albert", h), "share weights, as in ALBERT") for h in HEADS),
+        (lambda: torch.nn.Sequential(tiny_model("albert")), "share weights"),
+        (lambda: tied(tiny_model("bert")), r"layer\.0\.intermediate.*layer\.2\.intermediate"),
+        (lambda: torch.nn.Linear(3, 3), "no stack of encoder layers"),
+        (lambda: "bert-base-uncased", "expected a torch model, got str"),
+        (bart, r"several stacks.*encoder\.layers.*decoder\.layers"),
+        (lambda: hf.GPT2Model(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2)), "GPT2Model"),
+        (decoder, "cross-attention"),
+        (lambda: with_gadget(tiny_model("bert")), r"cannot tell.*attention\.self\.gadget\.weight"),
+    ],
+)
+def test_models_without_one_encoder_are_refused_with_the_reason(made, message):
+    with pytest.raises(HealingError, match=message):
+        encoder_layers(made())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_hold_the_weights_that_the_architecture_says(family):
-    layer = encoder_layers(tiny_model(family))[1]
-    for part, names in WEIGHTS[family].items():
-        found = [piece.name for piece in part_pieces(layer, part) if not piece.is_bias]
-        assert found == names, part
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_three_parts_make_up_a_layer_without_overlap(family):
-    for layer in encoder_layers(tiny_model(family)):
+def test_parts_hold_what_the_architecture_says_and_make_up_a_layer(family):
+    attention, *others = WEIGHTS[family]
+    for layer in encoder_layers(tiny_model(family))[1:]:
+        for part, names in zip(PART_NAMES, [*attention.split(), *others], strict=True):
+            pieces = [p.name for p in part_pieces(layer, part) if not p.is_bias]
+            assert [name.removesuffix(".weight") for name in pieces] == names.split(), part
         names = [piece.name for piece in part_pieces(layer, "all")]
         thirds = [
             piece.name
             for part in ("attention", "feed_forward", "layernorm")
             for piece in part_pieces(layer, part)
         ]
-        assert sorted(names) == sorted(thirds)
-        assert sorted(names) == sorted(name for name, _ in layer.named_parameters())
-        assert {piece.role for piece in encoder_parts(layer)} <= set(PARTS["all"])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_biases_are_told_from_weights(family):
-    layer = encoder_layers(tiny_model(family))[1]
-    weights = [piece for piece in part_pieces(layer, "attention_output") if not piece.is_bias]
-    assert region(layer, weights[0]).numel() == WIDTH * WIDTH
-    assert all(("bias" in piece.name) == piece.is_bias for piece in encoder_parts(layer))
+        assert sorted(names) == sorted(thirds) == sorted(n for n, _ in layer.named_parameters())
+        assert all(("bias" in piece.name) == piece.is_bias for piece in part_pieces(layer))
+        assert {piece.role for piece in part_pieces(layer)} <= set(PARTS["all"])
+        output = next(p for p in part_pieces(layer, "attention_output") if not p.is_bias)
+        assert region(layer, output).numel() == WIDTH * WIDTH
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,23 +169,6 @@ def test_silencing_value_or_output_makes_query_and_key_irrelevant(family, silenc
     assert (output(silenced, None) - output(None, None)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra", "mpnet"])
-def test_query_and_key_are_not_mixed_up(family):
-    """A constant added to every key cancels in the softmax; added to every query it does not."""
-
-    def output(part):
-        model = tiny_model(family)
-        layer = encoder_layers(model)[1]
-        with torch.no_grad():
-            for piece in part_pieces(layer, part) if part else []:
-                if piece.is_bias:
-                    region(layer, piece).add_(1.0)
-            return model(**tiny_batch())[0]
-
-    assert torch.allclose(output(None), output("key"), atol=1e-5)
-    assert (output(None) - output("query")).abs().max() > 1e-3
-
-
 def test_fused_projection_is_sliced_where_its_layout_is_known():
     layer = encoder_layers(tiny_model("modernbert"))[0]
     rows = [part_pieces(layer, part)[0].rows for part in ("query", "key", "value")]
@@ -243,17 +179,10 @@ def test_fused_projection_is_sliced_where_its_layout_is_known():
     with pytest.raises(HealingError, match="layout that is not known.*part 'attention'"):
         part_pieces(layer, "key")
     assert "attn.query_key_value.weight" in [p.name for p in part_pieces(layer, "attention")]
-
-
-def test_unknown_part_names_the_nearest():
-    layer = encoder_layers(tiny_model("bert"))[0]
     with pytest.raises(HealingError, match="Did you mean 'feed_forward'"):
         part_pieces(layer, "feedforward")
     with pytest.raises(HealingError, match="not an encoder layer"):
-        encoder_parts(torch.nn.Linear(2, 2))
-
-
-# --- Levels and layers ----------------------------------------------------------------------------
+        part_pieces(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -269,11 +198,40 @@ def test_levels_round_half_up_to_whole_layers(n_layers, level, count):
     assert resolve_layers(n_layers, "top", level) == tuple(range(n_layers - count, n_layers))
 
 
-def test_level_that_gives_no_layer_is_an_error():
-    with pytest.raises(HealingError, match="rounds to no layer at all; the smallest level here is"):
-        resolve_layers(6, "bottom", 0.05)
-    with pytest.raises(HealingError, match="rounds to no layer"):
-        resolve_layers(6, "top", 1e-9)
+@pytest.mark.parametrize(
+    ("side", "level", "message"),
+    [
+        ("bottom", 0.05, "rounds to no layer at all; the smallest level here is"),
+        ("top", 1e-9, "rounds to no layer"),
+        ("botom", 0.5, "Did you mean 'bottom'"),
+    ],
+)
+def test_a_plan_without_layers_is_an_error(side, level, message):
+    with pytest.raises(HealingError, match=message):
+        resolve_layers(6, side, level)
+
+
+def test_random_layers_are_as_many_and_drawn_by_the_seed():
+    drawn = {seed: resolve_layers(12, "random", "1/2", seed=seed) for seed in range(40)}
+    assert all(len(set(layers)) == 6 for layers in drawn.values())
+    assert len(set(drawn.values())) > 30
+    counts = [sum(layer in layers for layers in drawn.values()) for layer in range(12)]
+    assert 8 < min(counts) and max(counts) < 32  # 20 expected, four standard errors are 12.6
+    assert resolve_layers(12, "random", "1/2", seed=3) == drawn[3]
+    with pytest.raises(HealingError, match="of 2 layers any 1 is the bottom or the top one"):
+        resolve_layers(2, "random", "1/2")
+
+
+@given(n=st.integers(3, 24), data=st.data())
+def test_random_layers_are_never_the_bottom_or_the_top_ones(n, data):
+    count, seed = data.draw(st.integers(1, n - 1)), data.draw(st.integers(0, 1000))
+    layers = resolve_layers(n, "random", f"{count}/{n}", seed=seed)
+    assert len(layers) == count and set(layers) < set(range(n))
+    assert layers != tuple(range(count)) and layers != tuple(range(n - count, n))
+    lower = sum(layer < n // 2 for layer in layers)
+    within = (count // 2, (count + 1) // 2)  # half of them, as far as a half of the stack has room
+    assert lower in within or lower == n // 2 or count - lower == n - n // 2
+    assert resolve_layers(n, "random", 1, seed=seed) == tuple(range(n))
 
 
 @pytest.mark.parametrize(
@@ -303,16 +261,12 @@ def test_a_fraction_means_the_same_as_text_and_as_number(n, m, side):
     [
         ([0, 2], (0, 2)), ((4, 1), (1, 4)), ("[0,2]", (0, 2)), ("0, 2", (0, 2)), ("(3,)", (3,)),
         ("5", (5,)), (3, (3,)), (range(2), (0, 1)), (torch.tensor([1, 2]).numpy(), (1, 2)),
+        (None, None), ("", None), ("none", None), ("null", None),
     ],
 )  # fmt: skip
 def test_named_layers_override_side_and_level(given_layers, expected):
-    assert resolve_layers(6, "top", 0.5, given_layers) == expected
-
-
-@pytest.mark.parametrize("nothing", [None, "", "none", "null"])
-def test_no_layers_named_leaves_side_and_level(nothing):
-    assert parse_layers(nothing) is None
-    assert resolve_layers(6, "top", 0.5, nothing) == (3, 4, 5)
+    assert parse_layers(given_layers) == expected
+    assert resolve_layers(6, "top", 0.5, given_layers) == (expected or (3, 4, 5))
 
 
 @pytest.mark.parametrize(
@@ -321,24 +275,13 @@ def test_no_layers_named_leaves_side_and_level(nothing):
         ([6], "layer 6 does not exist: the encoder has layers 0 to 5"),
         ([-1], "layer -1 does not exist"),
         ([1, 1], "names a layer twice"),
-        ([], "empty"),
-        ("[]", "empty"),
-        ([1.0], "whole numbers"),
-        ([True], "whole numbers"),
-        ("[0, x]", "whole numbers"),
-        ("[[0]]", "whole numbers"),
-        (["0"], "whole numbers"),
-        (0.5, "whole numbers"),
+        *((empty, "empty") for empty in ([], "[]")),
+        *((bad, "whole numbers") for bad in ([1.0], [True], "[0, x]", "[[0]]", ["0"], 0.5)),
     ],
 )
 def test_bad_layers_are_refused(given_layers, message):
     with pytest.raises(HealingError, match=message):
         resolve_layers(6, layers=given_layers)
-
-
-def test_unknown_side_names_the_nearest():
-    with pytest.raises(HealingError, match="Did you mean 'bottom'"):
-        resolve_layers(6, "botom", 0.5)
 
 
 def test_plans_are_resolved_without_torch():

@@ -40,18 +40,9 @@ def test_layers_below_the_damage_are_the_same_and_those_above_are_not(layer):
     for measure in ("cosine", "cka"):
         below, above = got[measure][: layer + 1], got[measure][layer + 1 :]
         assert np.allclose(below, 1, atol=1e-9) and max(above) < 0.99
-
-
-def test_states_stand_for_the_model_that_gave_them():
-    model = tiny_model("bert", "classification")
-    states = list(layer_states(model, examples()))
-    tokens = sum(examples().lengths)
-    assert sum(batch.shape[1] for batch in states) == tokens
-    for kind in ("reinit", "init"):
-        broken = copy.deepcopy(model)
-        corrupt(broken, layers=[1], kind=kind, seed=0)
-        wanted = layer_similarity(model, broken, examples())
-        assert layer_similarity(states, broken, examples()) == wanted
+    states = list(layer_states(model, examples()))  # stand for the model that gave them
+    assert sum(batch.shape[1] for batch in states) == examples().tokens
+    assert layer_similarity(states, broken, examples()) == got
 
 
 class Streams(torch.nn.Module):
@@ -75,10 +66,6 @@ def test_the_stream_that_passes_is_the_cosine_with_the_embeddings():
     x[:, 2:] = 0
     stream = passing_stream(Streams(x, 3 * x, turned, -x), data)
     assert np.allclose(stream, [1, 1, 0, -1], atol=1e-12)
-    other = Streams(turned, x, x, x)
-    assert layer_similarity(Streams(x, x, x, x), other, data)["stream"] == passing_stream(
-        other, data
-    )
 
 
 def test_cka_tells_a_rotated_stream_from_a_lost_one_and_agrees_with_its_definition():
@@ -99,6 +86,9 @@ def test_cka_tells_a_rotated_stream_from_a_lost_one_and_agrees_with_its_definiti
     assert lost == pytest.approx(norm(a.T @ b) ** 2 / (norm(a.T @ a) * norm(b.T @ b)))
     cosine = torch.cosine_similarity(x[tokens], noise[tokens], dim=-1).mean().item()
     assert got["cosine"][2] == pytest.approx(cosine)
+    got = layer_similarity(Streams(x, x), Streams(x, float("nan") * x), data)
+    assert np.isnan(got["cka"][1]) and np.isnan(got["cosine"][1])
+    assert got["cka"][0] == pytest.approx(1)
 
 
 def test_padding_plays_no_part():
@@ -116,11 +106,3 @@ def test_padding_plays_no_part():
         parts.append(layer_similarity(model, broken, part)["cosine"])
         weights.append(length * len(rows))
     assert np.allclose(padded["cosine"], np.average(parts, axis=0, weights=weights), atol=1e-6)
-
-
-def test_values_that_are_not_finite_come_out_as_nan():
-    x = torch.randn(60, 8, dtype=torch.float64)
-    bad = torch.full_like(x, float("nan"))
-    got = layer_similarity(Streams(x, x), Streams(x, bad), random_examples(10, ids=(0, 60)))
-    assert np.isnan(got["cka"][1]) and np.isnan(got["cosine"][1])
-    assert got["cka"][0] == pytest.approx(1)

@@ -11,7 +11,6 @@ from families import FAMILIES, LAYERS, WIDTH, tiny_batch, tiny_config, tiny_mode
 from helpers import random_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from scipy.stats import norm
 
 from healing_utils.base.errors import HealingError
@@ -29,6 +28,7 @@ from healing_utils.probing.neurons import (
     rank_weights,
     ranking_agreement,
 )
+from healing_utils.probing.probes import held_out
 
 DEPTH, HIDDEN = 4, 6
 EVERYTHING = [(layer, index) for layer in range(DEPTH) for index in range(HIDDEN)]
@@ -62,20 +62,6 @@ def test_a_planted_neuron_is_ranked_first_and_every_neuron_once(method, neuron):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_planted_set_comes_before_all_others_whatever_the_order_of_the_words(method):
-    carriers = [(1, 4), (0, 0), (3, 3)]
-    activations, labels = planted(carriers)
-    ranking = rank_neurons(activations, labels, method=method)
-    assert set(ranking[:3]) == set(carriers)
-    assert rank_neurons(activations, labels, method=method) == ranking
-    order = np.random.default_rng(1).permutation(len(labels))
-    shuffled = rank_neurons(activations[:, order], labels[order], method=method)
-    assert set(shuffled[:3]) == set(carriers)
-    half = rank_neurons(activations.astype(np.float16), labels, method=method)
-    assert set(half[:3]) == set(carriers)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_what_classes_are_called_and_in_which_order_plays_no_part(method):
     activations, labels = planted([(1, 4), (2, 0)])
     renamed = np.array([{"00": 7, "01": 3, "10": 5, "11": 1}[label] for label in labels])
@@ -95,18 +81,6 @@ def test_a_neuron_that_never_changes_is_not_ranked_above_one_that_tells_somethin
         assert ranking[-2:] == [(1, 0), (2, 1)]
 
 
-def test_gaussian_sees_a_difference_in_variance_that_probeless_does_not():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(2, size=2000)
-    activations = rng.normal(size=(2, 2000, 5))
-    activations[1, :, 3] *= 1 + 2 * labels
-    activations[1, :, 3] -= activations[1, :, 3].mean()
-    for label in (0, 1):
-        activations[1, labels == label, 3] -= activations[1, labels == label, 3].mean()
-    assert rank_neurons(activations, labels, method="gaussian")[0] == (1, 3)
-    assert rank_neurons(activations, labels, method="probeless")[-1] == (1, 3)
-
-
 def test_scores_are_those_of_their_definitions():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(90, 4)) + 3, rng.integers(3, size=90)
@@ -114,26 +88,14 @@ def test_scores_are_those_of_their_definitions():
     sigma = x.std(axis=0)
     means = [x[y == c].mean(axis=0) for c in range(3)]
     pairs = sum(abs(means[a] - means[b]) for a, b in [(0, 1), (0, 2), (1, 2)])
-    assert np.allclose(module._probeless(x, y), pairs / sigma)
+    assert np.allclose(module.probeless(x, y), pairs / sigma)
     shares = np.bincount(y) / 90
     variances = [((y == c).sum() * x[y == c].var(axis=0) + sigma**2) for c in range(3)]
     widths = [np.sqrt(v / ((y == c).sum() + 1)) for c, v in enumerate(variances)]
     densities = np.stack([shares[c] * norm.pdf(x, means[c], widths[c]) for c in range(3)])
     posterior = densities[y, np.arange(90)] / densities.sum(axis=0)
     wanted = (np.log(posterior) - np.log(shares[y])[:, None]).mean(axis=0)
-    assert np.allclose(module._gaussian(x, y), wanted, atol=1e-5)
-
-
-def test_a_class_of_one_word_is_not_read_as_certainty_and_no_neuron_tells_more_than_there_is():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(500, 40)), rng.integers(2, size=500)
-    y[:20] = np.arange(2, 22)
-    x[:, 0] += 50 * (y == 1)
-    x[:, 1] = np.where(y == 0, 1e-3, 1e3) * x[:, 1]  # outliers, which a density would fall for
-    scores = module._gaussian(x, y)
-    shares = np.bincount(y) / 500
-    assert scores.max() < -(shares * np.log(shares)).sum()
-    assert scores.argmax() == 0 and scores[2:].max() < 0.1
+    assert np.allclose(module.gaussian(x, y), wanted, atol=1e-5)
 
 
 # --- The sweep over weight mass -------------------------------------------------------------------
@@ -153,11 +115,8 @@ def test_the_sweep_on_a_small_matrix_worked_by_hand():
     assert rank_weights(weight).tolist() == [4, 0, 1, 2, 3, 5]
     # The sign does not matter, nor the order or the scale of the classes.
     assert rank_weights(-weight[::-1] * [[2.0], [0.25]]).tolist() == [4, 0, 1, 2, 3, 5]
-
-
-def test_a_class_without_weight_has_no_say_and_equal_weights_fall_by_position():
-    weight = np.array([[0.0, 1, 1, 2, 1], [0, 0, 0, 0, 0]])
-    assert rank_weights(weight).tolist() == [3, 1, 2, 4, 0]
+    # A class without weight has no say, and equal weights fall by position.
+    assert rank_weights(np.array([[0.0, 1, 1, 2, 1], [0] * 5])).tolist() == [3, 1, 2, 4, 0]
 
 
 def test_weights_that_are_all_zero_are_in_an_order_that_the_seed_alone_decides():
@@ -168,50 +127,6 @@ def test_weights_that_are_all_zero_are_in_an_order_that_the_seed_alone_decides()
     some = zero.copy()
     some[1, [30, 7]] = 1.0, 2.0
     assert rank_weights(some, seed=4).tolist() == [7, 30, *(i for i in first if i not in (7, 30))]
-
-
-# Whole numbers: sums are exact, so that ties are ties.
-matrices = hnp.arrays(
-    np.float64,
-    st.tuples(st.integers(1, 4), st.integers(1, 6)),
-    elements=st.integers(-4, 4).map(float),
-)
-
-
-@given(matrices, st.integers(0, 3))
-@settings(deadline=None, max_examples=40)
-def test_the_sweep_is_the_limit_of_small_steps(weight, seed):
-    order = rank_weights(weight, seed=seed).tolist()
-    assert sorted(order) == list(range(weight.shape[1]))
-    mass = np.abs(weight)
-    place = {feature: i for i, feature in enumerate(order)}
-    zero = {f for f in range(weight.shape[1]) if not mass[:, f].any()}
-    assert set(order[len(order) - len(zero) :]) == zero
-    seen: set[int] = set()
-    # Two shares of masses of at most 24 are 1/24² apart or equal: a step of 1/640 tells them apart.
-    # No share is itself on a step, whose denominator would be a multiple of 256.
-    for p in (np.arange(640) + 0.5) / 640:
-        top = set()
-        for own in mass[mass.any(axis=1)]:
-            for value in sorted(set(own[own > 0]), reverse=True):
-                if own[own > value].sum() <= p * own.sum():
-                    top |= set(np.flatnonzero(own == value).tolist())
-        new = top - seen
-        if new:
-            assert max(place[f] for f in new) == len(seen | new) - 1, "entered in the wrong order"
-            shares = {f: max(own[f] / own.sum() for own in mass[mass.any(axis=1)]) for f in new}
-            expected = sorted(new, key=lambda f: (-shares[f], f))
-            assert [f for f in order if f in new] == expected
-            seen |= new
-    assert seen == set(order) - zero
-
-
-@given(matrices, st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=60)
-def test_classes_in_another_order_give_the_same_ranking(weight, random):
-    rows = list(range(len(weight)))
-    random.shuffle(rows)
-    assert rank_weights(weight).tolist() == rank_weights(weight[rows]).tolist()
 
 
 # --- Agreement ------------------------------------------------------------------------------------
@@ -230,13 +145,8 @@ def test_agreement_is_one_with_itself_minus_one_with_its_reverse_and_chance_with
     assert table.loc[("a", "back")].tolist() == pytest.approx([-1, 0, 0])
     assert abs(table.loc[("a", "other"), "spearman"]) < 0.08
     assert table.loc[("a", "other"), "overlap_1000"] == pytest.approx(0.5, abs=0.06)
-
-
-def test_agreement_refuses_rankings_of_other_neurons():
     with pytest.raises(HealingError, match="'b' does not hold"):
         ranking_agreement({"a": [(0, 0), (0, 1)], "b": [(0, 0), (0, 0)]})
-    with pytest.raises(HealingError, match="at least two"):
-        ranking_agreement({"a": [(0, 0), (0, 1)]})
 
 
 # --- Minimal sets ---------------------------------------------------------------------------------
@@ -257,12 +167,6 @@ def test_a_planted_set_without_redundancy_is_exactly_the_minimal_set(method):
     assert found == minimal_neurons(*train, *test, method=method, groups=np.arange(600) // 10)
 
 
-def test_a_planted_layer_dominates_the_histogram():
-    carriers = [(3, 0), (3, 2), (3, 5), (1, 1)]
-    found = minimal_neurons(*planted(carriers, 900), *planted(carriers, 300, seed=1))
-    assert found.by_layer == [0, 1, 0, 3]
-
-
 def test_without_signal_the_minimal_set_is_empty_and_has_no_centre():
     activations, _ = planted([])
     labels = np.random.default_rng(5).choice(["a", "b"], p=[0.9, 0.1], size=600)
@@ -274,10 +178,9 @@ def test_without_signal_the_minimal_set_is_empty_and_has_no_centre():
 
 def test_groups_stay_whole_and_the_dev_split_never_trains():
     groups = np.random.default_rng(0).integers(20, size=200)
-    inner, dev = module._hold_out(groups, 0.2, seed=3)
-    assert not set(groups[inner]) & set(groups[dev])
-    assert sorted([*inner, *dev]) == list(range(200)) and len(set(groups[dev])) == 4
-    assert not np.array_equal(dev, module._hold_out(groups, 0.2, seed=4)[1])
+    held = held_out(groups, 0.2, seed=3)
+    assert not set(groups[held]) & set(groups[~held]) and len(set(groups[held])) == 4
+    assert not np.array_equal(held, held_out(groups, 0.2, seed=4))
     # A neuron that gives the sentence away: what it says of the label does not carry over.
     rng = np.random.default_rng(1)
     sentence = np.arange(400) // 10
@@ -299,7 +202,7 @@ def test_the_search_keeps_its_word_where_accuracy_does_not_rise_with_k(counts, d
     accuracies = np.array([*counts, 20]) / 20
     activations, labels = planted([(1, 4)], words=40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_accuracy", lambda *given: float(accuracies[len(given[4])]))
+        patch.setattr(module, "_accuracy", lambda *given: float(accuracies[len(given[2])]))
         found = minimal_neurons(
             activations, labels, activations, labels, delta=delta, method="probeless"
         )
@@ -310,14 +213,6 @@ def test_the_search_keeps_its_word_where_accuracy_does_not_rise_with_k(counts, d
     assert all(accuracies[k] < goal for k in grid if k < found.k)
     assert found.k == 0 or accuracies[found.k - 1] < goal
     assert len(dict(found.searched)) == len(found.searched)
-
-
-@pytest.mark.parametrize("enough", range(len(EVERYTHING) + 1))
-def test_the_search_finds_every_size_where_accuracy_rises_with_k(enough, monkeypatch):
-    monkeypatch.setattr(module, "_accuracy", lambda *given: 0.7 + 0.3 * (len(given[4]) >= enough))
-    activations, labels = planted([(1, 4)], words=40)
-    found = minimal_neurons(activations, labels, activations, labels, method="probeless")
-    assert (found.k, len(found.neurons), sum(found.by_layer)) == (enough, enough, enough)
 
 
 def test_a_label_that_only_the_test_words_have_counts_as_an_error():
@@ -348,7 +243,7 @@ def test_the_curve_rises_at_the_top_first_and_the_bottom_last():
 
 def test_random_neurons_hang_on_the_seed_and_not_on_the_ranking():
     def random(ranking, seed):
-        return [n for _, which, n in module._picks(ranking, [3, 10], seed) if which == "random"]
+        return [n for _, which, n in module.picks(ranking, [3, 10], seed) if which == "random"]
 
     few, many = random(EVERYTHING, 0)
     assert set(few) < set(many) and len(set(many)) == 10
@@ -359,8 +254,6 @@ def test_center_of_mass_is_a_share_of_the_depth():
     assert center_of_mass([5, 0, 0]) == 0 and center_of_mass([0, 0, 2]) == 1
     assert center_of_mass([1, 1, 1, 1, 1]) == 0.5 and center_of_mass([3, 0, 1]) == 0.25
     assert math.isnan(center_of_mass([0, 0])) and math.isnan(center_of_mass([4]))
-    with pytest.raises(HealingError, match="count of neurons"):
-        center_of_mass([1, -1])
 
 
 # --- Ablation -------------------------------------------------------------------------------------
@@ -400,6 +293,7 @@ def test_ablation_changes_the_named_units_of_one_hidden_state_and_nothing_else(f
             wanted = torch.zeros(len(UNITS)) if chosen is None else chosen[layer][UNITS]
             with ablate(model, [(layer, unit) for unit in UNITS], chosen):
                 got, changed = forward(model, batch)
+                assert torch.equal(model(**batch)[0], changed), "whether or not it is recorded"
             assert len(got) == LAYERS + 1
             for below in range(layer):
                 assert torch.equal(got[below], whole[below])
@@ -413,37 +307,13 @@ def test_ablation_changes_the_named_units_of_one_hidden_state_and_nothing_else(f
             if chosen is None:
                 assert torch.equal(first[1], changed)
                 assert all(torch.equal(a, b) for a, b in zip(first[0], got, strict=True))
+        with pytest.raises(KeyError), ablate(model, [(layer, 1)]):
+            assert hooks(model) != before
+            raise KeyError
         assert hooks(model) == before
         again, same = forward(model, batch)
         assert torch.equal(same, answer)
         assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_what_a_layer_takes_in_is_ablated_whether_or_not_anyone_records_it(family):
-    model = tiny_model(family, "classification")
-    named = [(layer, layer + 4) for layer in range(LAYERS + 1)]
-    taken: list[torch.Tensor] = []
-    recorders = [
-        layer.register_forward_pre_hook(lambda _, args: taken.append(args[0].clone()))
-        for layer in encoder_layers(model)
-    ]
-    with ablate(model, named):
-        for recorder in recorders:  # behind the ablation's own hooks
-            recorder.remove()
-        recorders = [
-            layer.register_forward_pre_hook(lambda _, args: taken.append(args[0].clone()))
-            for layer in encoder_layers(model)
-        ]
-        with torch.no_grad():
-            recorded, answer = forward(model, tiny_batch())
-            plain = model(**tiny_batch()).logits
-    assert torch.equal(plain, answer)
-    assert len(taken) == 2 * LAYERS
-    for layer, state in enumerate(taken):
-        assert not state[..., layer % LAYERS + 4].any() and state.any()
-    for layer, unit in named:
-        assert not recorded[layer][..., unit].any()
 
 
 def test_a_head_that_begins_with_a_norm_sees_the_last_state_ablated():
@@ -472,16 +342,6 @@ def test_gradients_pass_through_an_ablated_model_in_training(family):
         model(**tiny_batch(), labels=torch.tensor([0, 1])).loss.backward()
     for layer in encoder_layers(model):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
-
-
-def test_hooks_are_gone_after_an_error_inside():
-    model = tiny_model("modernbert", "classification")
-    whole, _ = forward(model, tiny_batch())
-    before = hooks(model)
-    with pytest.raises(KeyError), ablate(model, [(0, 1), (LAYERS, 1)]):
-        assert hooks(model) != before
-        raise KeyError
-    assert hooks(model) == before
 
 
 def one_unit_classifier(layer: int = LAYERS, unit: int = 5):
@@ -536,22 +396,6 @@ def test_the_neuron_that_probes_find_is_the_neuron_that_the_model_uses(method):
     assert at["top"] < 0.6 < 0.8 < at["bottom"]
 
 
-def test_any_scoring_can_be_asked_for():
-    model, data = one_unit_classifier()
-    seen = []
-
-    def evaluate(model, data, note):
-        seen.append(note)
-        return {"mine": float(training.predict(model, data, device="cpu")[:, 1].std())}
-
-    ranking = [(LAYERS, 5), (LAYERS, 6)]
-    table = ablation_scores(model, data, ranking, [1], evaluate=evaluate, note="here")
-    assert seen == ["here"] * 3
-    at = table.set_index("which")["mine"]
-    # Equal logits, up to the rounding of batches of different sizes.
-    assert at["top"] < 1e-6 < at["bottom"]
-
-
 # --- Bad input ------------------------------------------------------------------------------------
 
 
@@ -559,10 +403,11 @@ def test_any_scoring_can_be_asked_for():
     ("change", "message"),
     [
         ({"method": "gausian"}, "Did you mean 'gaussian'"),
-        ({"labels": ["a"] * 599}, "599 labels"),
+        ({"labels": ["a"] * 599}, "labels must be one value a word: 600, got 599"),
         ({"labels": ["a"] * 600}, "nothing to tell apart"),
         ({"classes": ["0", "2"]}, "label 1 is not among the classes: 0, 2"),
-        ({"activations": np.zeros((3, 600))}, "layers, words, hidden"),
+        ({"activations": np.zeros((3, 600))}, "layers, words, features"),
+        ({"activations": np.full((3, 600, 2), np.inf)}, "layer 0 hold values not finite"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused(change, message):
@@ -572,30 +417,26 @@ def test_what_cannot_be_ranked_is_refused(change, message):
         rank_neurons(**given)
 
 
-def test_values_that_are_not_finite_are_refused_with_their_layer():
-    activations, labels = planted([(1, 4)])
-    activations[2, 17, 3] = np.inf
-    with pytest.raises(HealingError, match="layer 2"):
-        rank_neurons(activations, labels)
+TRAIN = planted([(1, 4)])
 
 
-def test_bad_settings_of_a_search_are_refused():
-    train = planted([(1, 4)])
-    narrow = (train[0][:, :, :-1], train[1])
-    with pytest.raises(HealingError, match="must agree"):
-        minimal_neurons(*train, *narrow)
-    with pytest.raises(HealingError, match="delta -1"):
-        minimal_neurons(*train, *train, delta=-1)
-    with pytest.raises(HealingError, match="3 groups for 600 words"):
-        minimal_neurons(*train, *train, groups=[1, 2, 3])
-    with pytest.raises(HealingError, match="1 groups"):
-        minimal_neurons(*train, *train, groups=[1] * 600)
-    with pytest.raises(HealingError, match="one label only"):
-        minimal_neurons(*train, *train, groups=train[1])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_activations": TRAIN[0][:, :, :-1]}, "must be as many"),
+        ({"delta": -1}, "delta -1"),
+        ({"groups": [1, 2, 3]}, "groups must be one value a word: 600, got 3"),
+        ({"groups": [1] * 600}, "1 groups"),
+        ({"groups": TRAIN[1]}, "one label only"),
+    ],
+)
+def test_bad_settings_of_a_search_are_refused(change, message):
+    x, y = TRAIN
+    given = {"activations": x, "labels": y, "test_activations": x, "test_labels": y, **change}
+    with pytest.raises(HealingError, match=message):
+        minimal_neurons(**given)
     with pytest.raises(HealingError, match="cannot take 25 of 24"):
-        accuracy_curve(*train, *train, EVERYTHING, [25])
-    with pytest.raises(HealingError, match="finite"):
-        rank_weights(np.array([[1.0, np.nan]]))
+        accuracy_curve(*TRAIN, *TRAIN, EVERYTHING, [25])
 
 
 def test_neurons_that_a_model_does_not_have_are_refused():

@@ -1,66 +1,55 @@
 """The command line: values, exit codes, one line for what was wrong, and a light status."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from healing_utils import cli
 from healing_utils.base.errors import HealingError
-from healing_utils.run import runner
+from healing_utils.run import sequence
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("3", 3),
-        ("0.5", 0.5),
-        ("2.0e-5", 2e-5),
-        ("2e-5", "2e-5"),  # YAML 1.1 sees text; the check of the parameters reads the number
-        ("1/6", "1/6"),
-        ("[0,2]", [0, 2]),
-        ("[1/6, 1/2]", ["1/6", "1/2"]),
-        ("true", True),
+        ("3", 3), ("0.5", 0.5), ("[0,2]", [0, 2]), ("[1/6, 1/2]", ["1/6", "1/2"]), ("true", True),
         ("null", None),
-        ("bert-base-uncased", "bert-base-uncased"),
-        ("012", "012"),
-        ("1:30", "1:30"),
-        ("2024-06-01", "2024-06-01"),
-        ("a: b", "a: b"),
-        ("[1", "[1"),
+        # YAML 1.1 sees other things than people, or nothing: it stays text, which the check of the
+        # parameters reads or refuses.
+        *((text, text) for text in ("2e-5", "1/6", "a-name", "012", "1:30", "2024-06-01", "[1")),
     ],
-)
+)  # fmt: skip
 def test_values_mean_what_they_say(text, value):
     assert cli.parse_value(text) == value
 
 
-@pytest.fixture
-def received(monkeypatch):
-    """What `healing run` asks of the runner, which does nothing."""
+def test_run_passes_its_arguments_on_and_ends_with_the_page(monkeypatch, capsys):
     calls = []
-
-    def run(profile, out, overrides, again):
-        calls.append((profile, out, overrides, again))
-        return Path("somewhere/index.html")
-
-    monkeypatch.setattr(runner, "run", run)
-    return calls
-
-
-def test_run_passes_its_arguments_on_and_ends_with_the_page(received, capsys):
-    line = "run quick --out here -p seeds [0,2] -p levels 1/6"
-    assert cli.main(line.split()) == 0
-    assert received == [("quick", "here", [("seeds", [0, 2]), ("levels", "1/6")], False)]
-    assert capsys.readouterr().out.splitlines()[-1] == "somewhere/index.html"
+    monkeypatch.setattr(sequence, "run", lambda *a, **k: calls.append((a, k)) or Path("index.html"))
+    monkeypatch.setattr(sequence, "run_shard", lambda *a, **k: calls.append((a, k)) or "done")
+    line = "run quick --out here -p seeds [0,2] -p levels 1/6".split()
+    given, where = [("seeds", [0, 2]), ("levels", "1/6")], {"executor": "ray", "address": "a:1"}
+    assert cli.main([*line, "--again"]) == 0
+    assert cli.main([*line, "--executor", "ray", "--address", "a:1", "--shard", "1/1"]) == 0
+    usual = {"executor": "workers", "address": None, "again": True}
+    assert calls == [
+        (("quick", "here", given), usual),
+        (("quick", sequence.Shard(1, 1), "here", given), where),  # all cells are a share too
+    ]
+    assert capsys.readouterr().out.splitlines() == ["index.html", "done"]
 
 
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
         (HealingError("unknown parameter"), 2, "healing: unknown parameter"),
-        (runner.NotebookFailed("03 stopped at cell 4"), 1, "03 stopped at cell 4"),
+        (sequence.NotebookFailed("03 stopped at cell 4"), 1, "03 stopped at cell 4"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
     ],
 )
@@ -68,29 +57,53 @@ def test_exit_codes_and_no_traceback(monkeypatch, capsys, raised, code, said):
     def run(*_, **__):
         raise raised
 
-    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(sequence, "run", run)
     assert cli.main(["run", "quick"]) == code
     captured = capsys.readouterr()
     assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
 
 
-def test_a_mistyped_parameter_is_refused_with_the_nearest_before_a_folder_is_made(tmp_path, capsys):
-    out = tmp_path / "run"
-    assert cli.main(["run", "quick", "--out", str(out), "-p", "epoch", "3"]) == 2
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("run quikc", "Did you mean 'quick'"), ("plan quikc", "Did you mean 'quick'"),
+        ("run quick -p epoch 3", "unknown parameter 'epoch'; did you mean 'epochs'"),
+        ("run quick --executor spark", "'spark'; allowed: workers, in-process, ray."),
+        ("run quick --address 127.0.0.1:1", "add --executor ray"),
+        ("run quick --shard 9/8", "shard '9/8' must be i/n"), ("status", "no runs in"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_before_a_folder_is_made(
+    tmp_path, monkeypatch, capsys, line, said
+):
+    monkeypatch.setenv("HEALING_RUNS", str(tmp_path / "runs"))
+    assert cli.main(line.split()) == 2
     error = capsys.readouterr().err
-    assert error.startswith("healing: unknown parameter 'epoch'") and "'epochs'" in error
-    assert len(error.splitlines()) == 1 and not out.exists()
+    assert error.startswith("healing: ") and said in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
-def test_an_unknown_profile_names_the_nearest(capsys):
-    assert cli.main(["run", "quikc"]) == 2
-    assert "'quick'" in capsys.readouterr().err
-
-
-def test_a_command_is_needed(capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main([])
-    assert caught.value.code == 2
+@pytest.mark.parametrize(
+    ("ray", "address", "said"),
+    [
+        (None, None, "pip install .[cluster]"),  # as where it is not installed
+        ("not asked", "127.0.0.1:1", "cannot reach the Ray cluster at 127.0.0.1:1: "),
+        ("not asked", "127.0.0.1:99999", "cannot reach the Ray cluster at 127.0.0.1:99999: "),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_one_line_and_nothing_is_computed(
+    ray, address, said, tmp_path, monkeypatch, capsys
+):
+    names = "is_initialized", "WorkerCrashedError", "NodeDiedError", "LocalRayletDiedError"
+    errors = dict.fromkeys((*names, "OutOfMemoryError", "ObjectLostError"), OSError)
+    there = SimpleNamespace(exceptions=SimpleNamespace(**errors), is_initialized=lambda: False)
+    monkeypatch.setitem(sys.modules, "ray", there if ray else None)
+    monkeypatch.setenv("HEALING_PROGRESS", "quiet")
+    line = ["run", "quick", "--out", str(tmp_path), "--executor", "ray", "-p", "scans", "{}"]
+    assert cli.main([*line, *(["--address", address] if address else [])]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("healing: ") and said in error and error.count("\n") == 1
+    assert not (tmp_path / "records").exists()
 
 
 def test_status_works_without_torch_and_exits_with_0(tmp_path):
@@ -99,11 +112,11 @@ def test_status_works_without_torch_and_exits_with_0(tmp_path):
     (tmp_path / "plans" / "baseline.json").write_text(json.dumps(plan))
     # torch and its like cannot be imported there: `status` answers while a study uses the machine
     code = (
-        "import sys\n"
+        "import runpy, sys\n"
         "for name in ('torch', 'transformers', 'datasets', 'pandas', 'matplotlib', 'papermill'):\n"
         "    sys.modules[name] = None\n"
-        "from healing_utils.cli import main\n"
-        "sys.exit(main(['status', sys.argv[1]]))"
+        "sys.argv[1:] = ['status', sys.argv[1]]\n"
+        "runpy.run_module('healing_utils', run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
@@ -111,19 +124,3 @@ def test_status_works_without_torch_and_exits_with_0(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "0 of 1 cells done" in done.stdout
     assert "missing  organism sentiment seed 0" in done.stdout
-
-
-def test_status_of_nothing_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HEALING_RUNS", str(tmp_path))
-    assert cli.main(["status"]) == 2
-    assert "no runs in" in capsys.readouterr().err
-
-
-def test_the_package_runs_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "healing_utils", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0 and "status" in done.stdout

@@ -1,255 +1,196 @@
-"""The page of a run: its order, its words, what it says of what is missing, and that it stays
-inside its own folder."""
+"""The page of a run: the analysis notebook, what stands around it, and what it says is missing."""
 
 import json
 import re
 
 import nbformat
-import pandas as pd
 import pytest
+import yaml
 from bs4 import BeautifulSoup
 
-from healing_utils.analysis import statistics as st
 from healing_utils.base.errors import HealingError
 from healing_utils.run import page
 
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
-    "0000000d49444154789c6360000002000001e221bc330000000049454e44ae426082"
+v4 = nbformat.v4
+PARAMETERS = {"model": ["lab/<tiny>"], "task": ["sentiment", "topic"], "levels": ["1/6", "1/2"]}
+STEALING = (
+    '<script>steal()</script><img src="https://example.org/x.png" alt="far" onload="steal()">'
+    '<img src="//example.org/y.png"><iframe src="https://example.org"></iframe>'
+    '<a href="javascript:steal()">go</a><img alt="near" src="data:image/png;base64,AAAA">'
+    '<meta http-equiv="refresh" content="0"><b onclick="steal()">kept</b>'
 )
-MODEL = "lab/<tiny>"  # names are text, never markup
 
 
-def study():
-    rows = []
-
-    def add(task, seed, state, side, level, kind, layers, score):
-        rows.append(
-            dict(model=MODEL, task=task, seed=seed, state=state, side=side, level=level, kind=kind,
-                 part="all", layers=layers, metric="accuracy", score=score, chance=0.5,
-                 test_size=400, device="cpu", threads=2)
-        )  # fmt: skip
-
-    for task in ("sentiment", "topic"):
-        for seed in (0, 1, 2):
-            base = 0.9 + 0.001 * seed
-            add(task, seed, "intact", "none", 0.0, "none", (), base)
-            for level, n in ((1 / 6, 1), (0.5, 3)):
-                for side, loss in (("bottom", 0.2), ("top", 0.08)):
-                    healed = base - loss * level - 0.02
-                    broken = 0.6 - 0.001 * seed
-                    if side == "top" and n == 1:
-                        broken = base + 0.01 * (seed - 1)
-                    add(task, seed, "healed", side, level, "reinit", tuple(range(n)), healed)
-                    add(task, seed, "broken", side, level, "reinit", tuple(range(n)), broken)
-    return pd.DataFrame(rows)
+def code(source, *outputs, count=1, **metadata):
+    return v4.new_code_cell(source, execution_count=count, outputs=list(outputs), metadata=metadata)
 
 
-def notebook(*cells, title="Recovery"):
-    made = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 61.2}})
-    made.cells = [nbformat.v4.new_markdown_cell(f"# {title}\n\ntext"), *cells]
-    return made
+def output(**content):
+    kind = "error" if "ename" in content else "stream" if "text" in content else "display_data"
+    return v4.new_output(kind, **content)
 
 
-def code(source, *outputs, count=1):
-    return nbformat.v4.new_code_cell(source, execution_count=count, outputs=list(outputs))
+def write_notebook(run, name, *cells):
+    notebook = v4.new_notebook(metadata={"papermill": {"duration": 61.2}})
+    notebook.cells = [v4.new_markdown_cell(f"# Title of {name}\n\ntext"), *cells]
+    nbformat.write(notebook, run / "notebooks" / f"{name}.ipynb")
 
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "quick"
-    for name in ("tables", "figures", "notebooks", "records/recovery"):
-        (folder / name).mkdir(parents=True)
-    results = study()
-    results.to_csv(folder / "tables/results.csv", index=False)
-    st.measures(results).to_csv(folder / "tables/measures.csv", index=False)
-    st.claims(results).to_csv(folder / "tables/claims.csv", index=False)
-    for name in ("zeta", "alpha", "uncaptioned"):
-        (folder / f"figures/{name}.png").write_bytes(PNG)
-    captions = {n: {"caption": f"Caption of {n}.", "alt": f"Alt of {n}"} for n in ("zeta", "alpha")}
-    (folder / "figures/captions.json").write_text(json.dumps(captions))
-    parameters = {"run": "/secret/place", "model": [MODEL], "task": ["sentiment", "topic"],
-                  "levels": [1 / 6, 0.5], "seeds": [0, 1, 2], "scratch": True}  # fmt: skip
-    (folder / "parameters.json").write_text(json.dumps(parameters))
-    stream = nbformat.v4.new_output("stream", text="hello")
-    nbformat.write(notebook(code("1 + 1", stream)), folder / "notebooks/03_recovery.ipynb")
+    """A finished run with an analysis, another notebook, figures, a table, a plan and records."""
+    files = {
+        "tables/claims.csv": "claim\nA1\n", "figures/uncaptioned.png": "", "figures/zeta.png": "",
+        "figures/alpha.png": "", "figures/alpha.svg": "",
+        "figures/captions.json": json.dumps(
+            {n: {"caption": f"Caption of {n}.", "alt": f"{n}'s words"} for n in ("zeta", "alpha")}
+        ),
+        "parameters.json": json.dumps({"run": "/secret/place", **PARAMETERS}),
+        "plans/a.json": json.dumps({"cells": [{"key": f"k{i}"} for i in range(3)]}),
+    }  # fmt: skip
     for i in range(3):
-        record = {"made": {"device": "cpu", "threads": 2, "versions": {"torch": f"2.1{i // 2}.0"}},
-                  "times": {"finished": f"2024-05-0{i + 1}T10:00:00Z"}}  # fmt: skip
-        (folder / f"records/recovery/k{i}.json").write_text(json.dumps(record))
-    return folder
+        made = {"device": "cpu", "versions": {"torch": f"2.1{i // 2}.0"}}
+        times = {"finished": f"2024-05-0{i + 1}T10:00:00Z"}
+        files[f"records/a/k{i}.json"] = json.dumps({"made": made, "times": times})
+    for name, content in files.items():
+        (tmp_path / "quick" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "quick" / name).write_text(content)
+    (tmp_path / "quick/notebooks").mkdir()
+    write_notebook(tmp_path / "quick", "03_recovery", code("1 + 1"))
+    write_notebook(
+        tmp_path / "quick", "05_analysis",
+        code("install()", jupyter={"source_hidden": True}),
+        code("run = 'data/runs/quick'", tags=["parameters"]),
+        code("run = '/secret/place'", tags=["injected-parameters"]),
+        code("print(run)", output(text=f"in {tmp_path}/quick/records"),
+             output(text="a warning", name="stderr")),
+        code("show()", output(data={"text/html": '<img alt="zeta&#x27;s words">'})),
+        v4.new_markdown_cell("From [`03`](03_recovery.ipynb)."),
+    )  # fmt: skip
+    return tmp_path / "quick"
 
 
-def soup(run):
-    path = page.write_page(run)
-    assert path == run / "index.html"
-    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+def soup(run, name="index"):
+    assert page.write_page(run) == run / "index.html"
+    return BeautifulSoup((run / f"{name}.html").read_text("utf-8"), "html.parser")
 
 
 def words(tag):
     return " ".join(tag.get_text(" ").split())
 
 
-def test_sections_come_in_the_designs_order(run):
+def test_the_page_is_the_analysis_notebook_with_the_run_around_it(run):
     found = soup(run)
-    assert [s["id"] for s in found.find_all("section")] == [
-        "verdicts", "figures", "results", "notebooks", "parameters", "made",
+    assert found.h1.get_text().startswith("Title of 05_analysis")
+    order = [tag["id"] for tag in found.find_all(["main", "section"])]
+    assert order == ["notebook", "figures", "tables", "notebooks", "parameters", "made"]
+    expected = (
+        "Run quick Model lab/<tiny> Task sentiment, topic Cells 3 Last result 2024-05-03 10:00"
+    )
+    assert expected in words(found.dl) and not found.find(id="missing")
+    assert found.find("a", string="claims.csv")["href"] == "tables/claims.csv"
+    assert yaml.safe_load(found.find(id="parameters").pre.get_text()) == PARAMETERS
+    first = (run / "index.html").read_bytes()
+    assert page.write_page(run).read_bytes() == first
+
+
+def test_code_and_messages_are_folded_and_noise_is_gone(run):
+    main = soup(run).main
+    folded = [words(tag) for tag in main.find_all("details")]
+    assert folded == ["Code print ( run )", "Messages a warning", "Code show ()"]
+    assert "in quick/records" in words(main) and "In [" not in words(main)
+    whole = (run / "index.html").read_text()
+    assert "secret" not in whole and str(run.parent) not in whole
+    stored = nbformat.read(run / "notebooks/05_analysis.ipynb", as_version=4)
+    assert [c.metadata.get("jupyter") is not None for c in stored.cells[:5]] == [0, 1, 0, 1, 0]
+
+
+def test_figures_that_the_notebook_does_not_show_follow_with_their_words(run):
+    section = soup(run).find(id="figures")
+    assert [(f.img["src"], f.img["alt"], words(f)) for f in section.find_all("figure")] == [
+        ("figures/alpha.png", "alpha's words", "Caption of alpha."),
+        ("figures/uncaptioned.png", "Figure uncaptioned, without alternative text",
+         "uncaptioned (saved without a caption)"),
     ]  # fmt: skip
-    assert found.h1.get_text() == "Healing study: quick"
-    facts = words(found.find("dl"))
-    assert MODEL in facts and "sentiment, topic" in facts and "03 May 2024, 10:00 UTC" in facts
+    files = ["zeta.png", "alpha.png", "alpha.svg", "uncaptioned.png"]
+    assert [a["href"] for a in section.find_all("a")] == [f"figures/{name}" for name in files]
 
 
-def test_verdicts_are_told_in_words_with_their_numbers(run):
-    claims = st.claims(study()).set_index("claim")
-    rows = soup(run).find(id="verdicts").tbody.find_all("tr")[1:]
-    assert len(rows) == 3
-    for name, row in zip(("A1", "A2", "A3"), rows, strict=True):
-        text = words(row)
-        expected = claims.loc[name]
-        assert f"{name} {expected.statement}." in text and expected.definition in text
-        assert f"{100 * expected.effect:+.1f}" in text
-        assert f"[{100 * expected.low:.1f}, {100 * expected.high:.1f}]" in text
-        assert "at best 0.0156" in text and "2 tasks x 3 seeds" in text
-        assert row.find(class_="verdict").get_text() == "✓ holds"
-        assert expected.reason in text
-    header = words(soup(run).find(id="verdicts").tbody.tr)
-    assert header == f"{MODEL}, reinit"
-
-
-def test_the_organisms_demonstration_stands_beside_its_verdict(run):
-    claims = st.claims(study().assign(model="organism"))
-    claims.to_csv(run / "tables/claims.csv", index=False)
-    rows = soup(run).find(id="verdicts").tbody.find_all("tr")[1:]
-    assert ["never evidence" in words(row) for row in rows] == [False, False, True]
-
-
-def test_figures_keep_their_order_captions_and_alternative_text(run):
-    found = soup(run).find(id="figures").find_all("figure")
-    assert [f.img["src"] for f in found] == [
-        "figures/zeta.png", "figures/alpha.png", "figures/uncaptioned.png",
-    ]  # fmt: skip
-    assert found[0].img["alt"] == "Alt of zeta" and "Caption of zeta." in words(found[0])
-    assert found[2].img["alt"]
-
-
-def test_results_show_every_setting_and_why_healing_is_missing(run):
-    bodies = soup(run).find(id="results").find_all("tbody")
-    assert len(bodies) == 2  # tasks
-    rows = [[words(td) for td in tr.find_all("td")] for tr in bodies[0].find_all("tr")[1:]]
-    assert [(r[1].split()[0], r[2]) for r in rows] == [
-        ("1/6", "bottom"), ("1/6", "top"), ("1/2", "bottom"), ("1/2", "top"),
-    ]  # fmt: skip
-    table = st.summary(st.measures(study())).query("task == 'sentiment' and side == 'bottom'")
-    half = table[table.level == 0.5].iloc[0]
-    names = ("intact", "broken", "healed", "healing", "retained")
-    for cell, name in zip(rows[2][4:9], names, strict=True):
-        assert cell.startswith(f"{half[name]:.3f} [{half[name + '_low']:.3f}, ")
-    assert "test set's own standard error 0.015 on 400" in words(bodies[0].tr)
-    assert rows[1][7] == "none" and "interval of zero" in rows[1][9]
-
-
-def test_results_are_measured_where_only_the_scores_are_there(run):
-    before = words(soup(run).find(id="results"))
-    (run / "tables/measures.csv").unlink()
-    assert words(soup(run).find(id="results")) == before
+def test_notebooks_are_linked_with_how_far_they_got(run):
+    write_notebook(
+        run, "04_error", code("1"), code("f()", output(ename="ValueError", traceback=[]))
+    )
+    write_notebook(run, "04_half", code("1"), code("2", count=None))
+    found = soup(run)
+    items = found.find(id="notebooks").find_all("li")
+    names = ["03_recovery", "04_error", "04_half", "05_analysis"]
+    assert [item.a["href"] for item in items] == [f"notebooks/{name}.html" for name in names]
+    assert "Title of 03_recovery ran to its end, 1 code cell 61 s" in words(items[0])
+    missing = "04_error stopped in code cell 2 with ValueError; 04_half 1 of 2 code cells ran"
+    assert missing in words(found.find(id="missing"))
+    assert found.main.find("a", string="03")["href"] == "notebooks/03_recovery.html"
+    other = soup(run, "notebooks/05_analysis")
+    assert other.main.find("a", string="03")["href"] == "03_recovery.html"
+    assert other.find("a", string="this run's")["href"] == "../index.html#parameters"
 
 
 def test_mixed_versions_are_said_at_the_top_and_below(run):
     found = soup(run)
     assert "torch differs between cells" in words(found.header)
     assert "torch 2.10.0 (2 cells), 2.11.0 (1 cell)" in words(found.find(id="made"))
-    (run / "records/recovery/k2.json").write_text("{")
+    (run / "records/a/k2.json").write_text("{")
     found = soup(run)
     assert "between cells" not in words(found.header)
-    assert "1 record could not be read" in words(found.find(id="made"))
-    assert "All 2 cells were made with the same" in words(found.find(id="made"))
+    for said in ("1 record could not be read", "All 2 cells were made with the same"):
+        assert said in words(found.find(id="made"))
 
 
-def test_parameters_are_shown_without_the_place_of_the_run(run):
-    text = words(soup(run).find(id="parameters"))
-    assert "levels 1/6, 1/2" in text and "scratch yes" in text
-    assert "secret" not in (run / "index.html").read_text()
-
-
-def test_an_empty_run_says_what_is_not_there(tmp_path):
-    found = soup(tmp_path)
-    for section, missing in (
-        ("verdicts", "tables/claims.csv"), ("figures", "not drawn"),
-        ("results", "tables/results.csv"), ("notebooks", "no executed notebook"),
-        ("parameters", "parameters.json"), ("made", "no records"),
-    ):  # fmt: skip
-        assert missing in words(found.find(id=section).find(class_="note")), section
-
-
-def test_broken_files_are_named_and_hide_nothing_else(run):
-    (run / "tables/claims.csv").write_text("")
-    (run / "tables/measures.csv").write_text("model,task\na,b\n")
-    (run / "figures/captions.json").write_text("[1")
-    (run / "figures/zeta.png").write_bytes(b"not an image")
-    (run / "parameters.json").write_text("{")
-    (run / "notebooks/04_bad.ipynb").write_text('{"cells": [')
+def test_what_is_missing_is_named(run, tmp_path):
+    (run / "records/a/k1.json").unlink()
+    (run / "notebooks/05_analysis.ipynb").unlink()
+    write_notebook(
+        run, "05_analysis.failed", code("1", output(ename="KeyError", traceback=["a trace"]))
+    )
     found = soup(run)
-    assert "Cannot be shown" in words(found.find(id="verdicts"))
-    assert "Cannot be shown" in words(found.find(id="results"))
-    assert len(found.find_all("figure")) == 3
-    assert "cannot be read" in words(found.find(id="parameters"))
-    notebooks = words(found.find(id="notebooks"))
-    assert "04_bad cannot be shown" in notebooks and "03_recovery : Recovery" in notebooks
-
-
-def test_a_run_that_does_not_exist_is_an_error(tmp_path):
+    for said in ("05_analysis is not there yet", "1 of 3 cells of a", "cell 1 with KeyError"):
+        assert said in words(found.find(id="missing"))
+    assert "a trace" in words(found.main)
+    (tmp_path / "empty").mkdir()
+    found = soup(tmp_path / "empty")
+    assert found.h1.get_text().startswith("Healing study: empty")
+    for section in ("figures", "tables", "notebooks", "parameters", "made"):
+        assert "Nothing yet" in words(found.find(id=section).find(class_="note")), section
     with pytest.raises(HealingError, match="no such run"):
         page.write_page(tmp_path / "nowhere")
 
 
-def test_notebooks_are_linked_with_how_far_they_got(run):
-    error = nbformat.v4.new_output("error", ename="ValueError", evalue="x", traceback=["x"])
-    folder = run / "notebooks"
-    nbformat.write(notebook(code("1"), code("f()", error, count=2)), folder / "04_error.ipynb")
-    nbformat.write(notebook(code("1"), code("2", count=None)), folder / "05_half.ipynb")
-    items = soup(run).find(id="notebooks").find_all("li")
-    assert [i.a["href"] for i in items] == [
-        f"notebooks/{n}.html" for n in ("03_recovery", "04_error", "05_half")
-    ]
-    assert "ran to its end, 1 code cell " in words(items[0]) and "61 s" in words(items[0])
-    assert "stopped in code cell 2 with ValueError" in words(items[1])
-    assert "1 of 2 code cells ran" in words(items[2])
-    for item in items:
-        assert (run / item.a["href"]).is_file()
+def test_broken_files_are_named_and_hide_nothing_else(run):
+    for name in ("figures/captions.json", "parameters.json", "plans/a.json"):
+        (run / name).write_text("{")
+    (run / "notebooks/04_bad.ipynb").write_text('{"cells": [')
+    found = soup(run)
+    assert "04_bad cannot be shown" in words(found.find(id="missing"))
+    assert "03_recovery : Title" in words(found.find(id="notebooks"))
+    assert len(found.find(id="figures").find_all("figure")) == 3
+    assert "cannot be read" in words(found.find(id="parameters"))
 
 
-def test_notebooks_run_no_script_and_load_nothing_from_elsewhere(run):
-    html = (
-        '<script>steal()</script><img src="https://example.org/x.png" alt="far" onload="steal()">'
-        '<img src="//example.org/y.png"><iframe src="https://example.org"></iframe>'
-        '<a href="javascript:steal()">go</a><img alt="near" src="data:image/png;base64,AAAA">'
-        '<svg><image href="x"></image></svg><b onclick="steal()">kept</b>'
-    )
-    output = nbformat.v4.new_output("display_data", data={"text/html": html})
+@pytest.mark.parametrize("name", ["index", "notebooks/05_analysis"])
+def test_pages_run_no_script_and_load_nothing_from_elsewhere(run, name):
     badge = "[![Open in Colab](https://example.org/badge.svg)](https://example.org/open)"
-    cells = nbformat.v4.new_markdown_cell(badge), code("show()", output)
-    nbformat.write(notebook(*cells), run / "notebooks/06_outside.ipynb")
-    page.write_page(run)
-    text = (run / "notebooks/06_outside.html").read_text(encoding="utf-8")
-    found = BeautifulSoup(text, "html.parser")
-    for path in (run / "index.html", run / "notebooks/06_outside.html"):
-        whole = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-        assert not whole(["script", "iframe", "link", "object"])
-        policy = whole.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
-        assert policy.startswith("default-src 'none'")
-        for tag in whole.find_all(src=True):
-            assert not re.match(r"(https?:)?//", tag["src"])
-        assert "url(" not in "".join(style.get_text() for style in whole("style"))
-        assert "@import" not in path.read_text(encoding="utf-8")
-    assert not [t for t in found.find_all(True) if any(a.startswith("on") for a in t.attrs)]
-    assert not found.find_all("a", href=re.compile("javascript"))
+    write_notebook(
+        run,
+        "05_analysis",
+        v4.new_markdown_cell(badge),
+        code("1", output(data={"text/html": STEALING})),
+    )
+    found = soup(run, name)
+    assert not found(["script", "iframe", "link", "object"]) and len(found("meta")) == 3
+    policy = found.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file:")
+    assert not [tag for tag in found(src=True) if re.match(r"(https?:)?//", tag["src"])]
+    assert "url(" not in found.style.get_text() and "@import" not in found.style.get_text()
+    assert not [tag for tag in found(True) if any(a.startswith("on") for a in tag.attrs)]
+    assert not found("a", href=re.compile("javascript"))
     assert found.find("a", string="[Open in Colab]")["href"] == "https://example.org/open"
-    assert found.find("b").get_text() == "kept" and found.find("img", alt="near")
-
-
-def test_writing_again_replaces_the_page(run):
-    first = page.write_page(run).read_bytes()
-    assert page.write_page(run).read_bytes() == first
-    (run / "tables/claims.csv").unlink()
-    assert page.write_page(run).read_bytes() != first
+    assert found.b.get_text() == "kept" and found.find("img", alt="near")

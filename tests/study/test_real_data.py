@@ -58,15 +58,6 @@ def test_sst2_has_the_published_sizes_and_classes(sst2):
     assert (len(train), len(validation)) == (4000, 200)
 
 
-def test_emotion_has_six_classes(offline):
-    try:
-        data = tasks.load_task("emotion")
-    except HealingError as error:
-        pytest.skip(f"dair-ai/emotion is not stored here: {error}")
-    assert (len(data.pool), len(data.test)) == (16000, 2000)
-    assert data.classes == ("sadness", "joy", "love", "anger", "fear", "surprise")
-
-
 def test_a_few_steps_of_the_real_model_learn_something(sst2, model_name):
     from healing_utils.healing import models, training
     from healing_utils.healing.corruption import corrupt

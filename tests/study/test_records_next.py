@@ -14,17 +14,16 @@ import yaml
 
 from healing_utils.base.errors import HealingError
 from healing_utils.base.records import Store, canonical, digest
-from healing_utils.study import linguistics, study
-from healing_utils.study.study import RECIPE, Study
+from healing_utils.study.cells import NUMERICS, PROBING_NUMERICS, RECIPE
+from healing_utils.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = sorted(path.parent for path in (ROOT / "data" / "records-next").glob("*/records"))
 
 
 def records(folder: Path) -> list[dict]:
-    store = Store(folder)
     stages = [path.name for path in (folder / "records").iterdir() if path.is_dir()]
-    return [record for stage in stages for record in store.records(stage)]
+    return [record for stage in stages for record in Store(folder).records(stage)]
 
 
 @pytest.mark.parametrize("folder", FOUND, ids=lambda folder: folder.name)
@@ -35,10 +34,10 @@ def test_every_record_is_whole_and_named_after_what_determines_it(folder):
         known = record["determinants"]
         assert digest(canonical(known)) == record["key"]
         if "stage" in known:
-            assert known["numerics"] == linguistics.NUMERICS
+            assert known["numerics"] == PROBING_NUMERICS
             known = known["network"]
         if "recipe" in known:
-            assert known["numerics"] == study.NUMERICS and set(known["recipe"]) == set(RECIPE)
+            assert known["numerics"] == NUMERICS and set(known["recipe"]) == set(RECIPE)
         assert known["model"].startswith("sha256:")
 
 
@@ -51,5 +50,4 @@ def test_every_record_is_found_by_the_profiles_plan(folder, tmp_path):
         planned = {cell.key for cell in Study({**profile, "run": str(tmp_path)}).plan("everything")}
     except HealingError as error:
         pytest.skip(f"needs the profile's models, data sets and corpora: {error}")
-    lost = [record["cell"] for record in records(folder) if record["key"] not in planned]
-    assert not lost
+    assert not [record["cell"] for record in records(folder) if record["key"] not in planned]

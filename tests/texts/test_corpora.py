@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +100,7 @@ def nltk_data(tmp_path, monkeypatch):
 
 
 def test_conll2000_has_chunks_and_parts_of_speech(nltk_data):
+    refused(r"nltk\.download\('conll2000'\)", "conll2000")  # no data yet
     train = "The DT B-NP\ncat NN I-NP\nsat VBD B-VP\n. . O\n\nCats NNS B-NP\nsat VBD B-VP\n\n"
     write(nltk_data / "conll2000" / "train.txt", train)
     write(nltk_data / "conll2000" / "test.txt", "Well RB B-ADVP\n, , O\ncats NNS B-NP\n\n")
@@ -121,19 +121,6 @@ def test_treebank_scores_its_last_files_and_drops_traces(nltk_data):
     assert corpus.train == tagged(*[f"word{i}/NN sat/VBD ./." for i in range(8)])
     assert corpus.test == tagged("word8/NN sat/VBD ./.", "word9/NN sat/VBD ./.")
     assert corpus.dropped == {"traces": 11, "empty sentences": 1}
-
-
-@pytest.mark.parametrize("name", ["conll2000", "treebank"])
-def test_data_that_nltk_has_not_got_are_named_with_the_remedy(nltk_data, name):
-    refused(rf"nltk\.download\('{name}'\)", name)
-
-
-@pytest.mark.parametrize("package", ["nltk", "conllu"])
-def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setitem(sys.modules, f"{package}.corpus", None)
-    name = "conll2000" if package == "nltk" else write(tmp_path / "a.conllu", CONLLU)
-    refused(f"needs the package {package}, which is missing: pip install {package}", name)
 
 
 # -- CoNLL-U -------------------------------------------------------------------------------------
@@ -163,7 +150,7 @@ CONLLU = """\
 def treebank(tmp_path) -> Path:
     write(tmp_path / "ud" / "xx_own-ud-train.conllu", CONLLU)
     write(tmp_path / "ud" / "xx_own-ud-dev.conllu", CONLLU)
-    test = "1\tMats\tmat\tX\tNNS\tCase=Nom|Number=Plur\t0\troot\t_\t_\n"
+    test = "1\tMats\tmat\tX\tNNS\tNumber=Plur|Case=Nom\t0\troot\t_\t_\n"
     write(tmp_path / "ud" / "xx_own-ud-test.conllu", test)
     return tmp_path / "ud"
 
@@ -171,27 +158,20 @@ def treebank(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("column", "labels", "test"),
     [
-        ("upos", [["NOUN", "AUX", "PART", "VERB"], ["DET", "NOUN"], ["VERB"]], "X"),
-        ("xpos", [["NNS", "MD", "RB", "VB"], ["DT", "NN"], ["VB"]], "NNS"),
-        ("lemma", [["cat", "can", "not", "sleep"], ["a", "mat"], ["sleep"]], "mat"),
-        ("deprel", [["nsubj", "aux", "advmod", "root"], ["det", "root"], ["root"]], "root"),
-        ("head", [["4", "4", "4", "0"], ["2", "0"], ["0"]], "0"),
-        ("Number", [["Plur", "_", "_", "_"], ["_", "Sing"], ["_"]], "Plur"),
-        (
-            "feats",
-            [
-                ["Number=Plur", "VerbForm=Fin", "_", "VerbForm=Inf"],
-                ["Definite=Ind|PronType=Art", "Number=Sing"],
-                ["Mood=Imp"],
-            ],
-            "Case=Nom|Number=Plur",
-        ),
+        ("upos", "NOUN AUX PART VERB DET NOUN VERB", "X"),
+        ("xpos", "NNS MD RB VB DT NN VB", "NNS"),
+        ("lemma", "cat can not sleep a mat sleep", "mat"),
+        ("deprel", "nsubj aux advmod root det root root", "root"),
+        ("head", "4 4 4 0 2 0 0", "0"),
+        ("Number", "Plur _ _ _ _ Sing _", "Plur"),
+        ("feats", "Number=Plur VerbForm=Fin _ VerbForm=Inf Definite=Ind|PronType=Art Number=Sing "
+         "Mood=Imp", "Case=Nom|Number=Plur"),
     ],
-)
+)  # fmt: skip
 def test_every_column_of_a_treebank_can_be_probed(treebank, column, labels, test):
     corpus = load_corpus(str(treebank), column)
     assert corpus.train.words == [["Cats", "ca", "n't", "sleep"], ["A", "mat"], ["Sleep"]]
-    assert corpus.train.labels == labels
+    assert [label for sentence in corpus.train.labels for label in sentence] == labels.split()
     assert corpus.test == TaggedSentences([["Mats"]], [[test]])
     assert corpus.dropped == {"multiword ranges": 1, "empty nodes": 1, "empty sentences": 1}
 
@@ -201,8 +181,7 @@ def test_the_treebanks_folder_its_training_file_and_a_variable_are_the_same(tree
     by_folder = load_corpus("$OWN_UD")
     train = "${OWN_UD}/xx_own-ud-train.conllu"
     by_file = load_corpus(train)
-    by_both = load_corpus(str(treebank / "xx_own-ud-train.conllu"), test=str(
-        treebank / "xx_own-ud-test.conllu"))  # fmt: skip
+    by_both = load_corpus(train, test="$OWN_UD/xx_own-ud-test.conllu")
     assert by_folder.column == "upos"
     for other in (by_file, by_both):
         assert (other.train, other.test) == (by_folder.train, by_folder.test)
@@ -221,18 +200,13 @@ def test_what_a_treebank_has_not_got_is_refused(treebank, tmp_path):
     refused(r"holds 2 files .*\(xx_own-ud-train.conllu, yy-ud-train.conllu\): need one", folder)
     refused("differ in format", str(treebank / "yy-ud-train.conllu"), test=write(
         tmp_path / "a.txt", "a A\n"))  # fmt: skip
-    no_xpos = CONLLU.replace("\tNN", "\t_").replace("_S", "_")
-    for tag in ("MD", "RB", "VB", "DT"):
-        no_xpos = no_xpos.replace(f"\t{tag}\t", "\t_\t")
-    refused("column 'xpos' has one label only, '_'", write(tmp_path / "b.conllu", no_xpos), "xpos")
 
 
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("2\tmat\tmat", r"bad.conllu, line 11 has 3 columns; need 10"),
-        ("x\tmat\tmat\tNOUN\tNN\t_\t0\troot\t_\t_", r"bad.conllu, lines 10 to 12"),
-        ("mat", r"bad.conllu, lines 10 to 12"),
+        ("2\tmat\tmat", "bad.conllu, line 11 has 3 columns; need 10"),
+        ("x\tmat\tmat\tNOUN\tNN\t_\t0\troot\t_\t_", "bad.conllu, line 11: 'x' does not number"),
     ],
 )
 def test_a_malformed_treebank_names_file_and_line(tmp_path, line, match):
@@ -277,14 +251,6 @@ def test_a_file_of_columns_reads_the_same_however_it_is_written(tmp_path, text, 
     assert corpus.dropped == ({"empty sentences": empty} if empty else {})
 
 
-def test_mixed_line_endings_and_marks_do_not_change_a_treebank(tmp_path):
-    plain = load_corpus(write(tmp_path / "a.conllu", CONLLU))
-    lines = CONLLU.splitlines()
-    mixed = "".join(line + ("\r\n", "\n", "\r")[i % 3] for i, line in enumerate(lines))
-    other = load_corpus(write(tmp_path / "b.conllu", "\ufeff\n" + mixed + "\n\r\n"))
-    assert (other.train, other.test, other.dropped) == (plain.train, plain.test, plain.dropped)
-
-
 def test_the_column_is_a_number_or_the_last(tmp_path):
     file = write(tmp_path / "a.txt", PLAIN)
     for column in ("last", 2, "2", -1, "-1", None):
@@ -295,9 +261,8 @@ def test_the_column_is_a_number_or_the_last(tmp_path):
     turned = write(tmp_path / "b.txt", "DEF\tThe\nCON\tcat\n\nPRO\tIt\nEPS\tsat\n\nCON\tCats\n")
     assert in_any_order(load_corpus(turned, 0, words=1)) == in_any_order(load_corpus(file))
     refused("unknown column 'sem' .*a number, counted from 0, or last", file, "sem")
-    refused("has 3 columns; column 3 is not there: allowed are 0 to 2, or last", file, 3)
-    refused("has 3 columns; column -4 is not there", file, -4)
-    refused("a.txt, line 1: column 0 holds the words", file, 0)
+    for wrong in (3, -4, 0):
+        refused(f"has 3 columns, .* column {wrong} has no labels; allowed .* 0 to 2", file, wrong)
     refused("words is -1", file, words=-1)
 
 
@@ -318,13 +283,10 @@ def test_blanks_inside_words_survive_where_tabs_separate(tmp_path):
     ("text", "column", "match"),
     [
         ("a A\nb\n\nc C\n", None, "a.txt, line 2 has 1 columns where the first line has 2"),
-        ("a A x\nb B\n\nc C x\n", None, "a.txt, line 2 has 2 columns where the first line has 3"),
         ("a A\nb B x\n\nc C\n", None, "a.txt, line 2 has 3 columns where the first line has 2"),
         ("a A x\n\n\nb\n", 1, "a.txt, line 4 has 1 columns"),
         ("a\tA\nb\t\n\nc\tC\n", None, "a.txt, line 2 has an empty word or label"),
-        ("a\tA\n\tB\n\nc\tC\n", None, "a.txt, line 2 has an empty word or label"),
-        ("one\ntwo\n", None, "a.txt, line 1: column 0 holds the words; there are 1 columns"),
-        ("", None, "0 distinct sentences: too few"),
+        ("one\ntwo\n", None, "a.txt has 1 columns, with the words in column 0"),
         ("\n\n\n", None, "0 distinct sentences: too few"),
         ("a A\nb B\n", None, "1 distinct sentences: too few .* blank lines between"),
         ("a A\n\nb A\n", None, "column 'last' has one label only, 'A'"),
@@ -339,16 +301,6 @@ def test_what_is_not_text_or_not_there_is_refused(tmp_path):
     refused("no such file or folder: .*b.txt", str(tmp_path / "b.txt"))
     refused("no such file or folder: .*b.txt", write(tmp_path / "a.txt", PLAIN), test="b.txt")
     refused("unknown corpus .* 'conll2001'.*Did you mean 'conll2000'", "conll2001")
-
-
-def test_a_sentence_of_two_thousand_words_is_one_sentence(tmp_path):
-    long = "\n".join(f"w{i} {'AB'[i % 2]}" for i in range(2000))
-    file = write(tmp_path / "a-train.txt", f"{long}\n\nend B\n")
-    write(tmp_path / "a-test.txt", "w1 C\n")
-    corpus = load_corpus(file)
-    assert [len(words) for words in corpus.train.words] == [2000, 1]
-    assert corpus.train.words[0][1999] == "w1999" and corpus.train.labels[0][1999] == "B"
-    assert corpus.unseen == {"C": 1}
 
 
 # -- the part that is held out -------------------------------------------------------------------

@@ -12,7 +12,6 @@ from helpers import planted_texts, write_planted_task
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError
-from healing_utils.texts import tasks
 from healing_utils.texts.tasks import REGISTRY, Split, TaskData, load_task
 
 
@@ -37,49 +36,29 @@ def write_csv(path, columns, rows):
     return str(path)
 
 
+def refused(match: str, *arguments, **settings) -> str:
+    with pytest.raises(HealingError, match=match) as caught:
+        load_task(*map(str, arguments), **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 # --- The registry ---------------------------------------------------------------------------------
 
-TEST_IS_SECRET = "the test split's labels are not public: the validation split is scored"
-NO_TEST = "there is no test split: the validation split is scored"
-TEST_IS_PUBLIC = "the test split has labels"
 
-
-@pytest.mark.parametrize(
-    ("name", "hub", "config", "text", "metric", "scored", "why"),
-    [
-        ("sst2", "stanfordnlp/sst2", None, ("sentence",), "f1", "validation", TEST_IS_SECRET),
-        ("imdb", "stanfordnlp/imdb", None, ("text",), "f1", "test", TEST_IS_PUBLIC),
-        ("ag_news", "fancyzhx/ag_news", None, ("text",), "f1", "test", TEST_IS_PUBLIC),
-        ("emotion", "dair-ai/emotion", "split", ("text",), "f1", "test", TEST_IS_PUBLIC),
-        ("dbpedia", "fancyzhx/dbpedia_14", None, ("content",), "f1", "test", TEST_IS_PUBLIC),
-        ("twitter_financial", "zeroshot/twitter-financial-news-topic", None, ("text",), "f1",
-         "validation", NO_TEST),
-        ("cola", "nyu-mll/glue", "cola", ("sentence",), "matthews", "validation", TEST_IS_SECRET),
-        ("mrpc", "nyu-mll/glue", "mrpc", ("sentence1", "sentence2"), "f1", "validation",
-         TEST_IS_SECRET),
-        ("rte", "nyu-mll/glue", "rte", ("sentence1", "sentence2"), "f1", "validation",
-         TEST_IS_SECRET),
-        ("qnli", "nyu-mll/glue", "qnli", ("question", "sentence"), "f1", "validation",
-         TEST_IS_SECRET),
-        ("qqp", "nyu-mll/glue", "qqp", ("question1", "question2"), "f1", "validation",
-         TEST_IS_SECRET),
-        ("mnli", "nyu-mll/glue", "mnli", ("premise", "hypothesis"), "f1", "validation_matched",
-         TEST_IS_SECRET),
-        ("stsb", "nyu-mll/glue", "stsb", ("sentence1", "sentence2"), "spearman", "validation",
-         TEST_IS_SECRET),
-    ],
-)  # fmt: skip
-def test_registered_data_sets(name, hub, config, text, metric, scored, why):
-    task = REGISTRY[name]
-    assert (task.hub, task.config, task.text, task.metric) == (hub, config, text, metric)
-    assert (task.label, task.train) == ("label", "train")
-    assert task.scored == scored, why
-    assert task.scored != task.train
-
-
-def test_nothing_is_registered_beside_those_and_no_name_is_the_organisms():
-    assert len(REGISTRY) == 13
+def test_the_registry_scores_what_has_public_labels():
     assert not set(REGISTRY) & set(organism.TASKS)
+    scored = {name: task.scored for name, task in REGISTRY.items()}
+    public = ("imdb", "ag_news", "emotion", "dbpedia")
+    secret = ("sst2", "cola", "mrpc", "rte", "qnli", "qqp", "stsb")  # the test split's labels are
+    assert scored == {
+        **dict.fromkeys(public, "test"), **dict.fromkeys(secret, "validation"),
+        "mnli": "validation_matched", "twitter_financial": "validation",  # has no test split
+    }  # fmt: skip
+    other = {name: task.metric for name, task in REGISTRY.items() if task.metric != "f1"}
+    assert other == {"cola": "matthews", "stsb": "spearman"}
+    pairs = {name for name, task in REGISTRY.items() if len(task.text) == 2}
+    assert pairs == {"mrpc", "rte", "qnli", "qqp", "mnli", "stsb"}
 
 
 @pytest.fixture
@@ -89,24 +68,23 @@ def fake_hub(monkeypatch):
     text, number = datasets.Value("string"), datasets.Value("int32")
     features = datasets.Features({"idx": number, "sentence": text, "label": label})
 
-    def split(count, secret=False, features=features):
+    def split(count, secret=False):
         texts, labels = planted_texts(count, seed=count)
+        labels = [-1] * count if secret else labels
         rows = {"idx": list(range(count)), "sentence": texts, "label": labels}
-        if secret:
-            rows["label"] = [-1] * count
         return datasets.Dataset.from_dict(rows, features=features)
 
     glue = {"train": split(30), "validation": split(10), "test": split(12, secret=True)}
+    known = {
+        ("stanfordnlp/sst2", None): glue,
+        ("nyu-mll/glue", "cola"): glue,
+        ("someone/unlabelled", None): glue,
+        ("someone/only-test", "small"): {"test": glue["test"]},
+    }
     asked = []
 
     def load_dataset(name, config=None, revision=None, **_):
         asked.append((name, config, revision))
-        known = {
-            ("stanfordnlp/sst2", None): glue,
-            ("nyu-mll/glue", "cola"): glue,
-            ("someone/unlabelled", None): glue,
-            ("someone/only-test", None): {"test": glue["test"]},
-        }
         if (name, config) not in known:
             raise ConnectionError(f"Couldn't reach '{name}' on the Hub (ConnectionError)\nmore")
         return datasets.DatasetDict(known[name, config])
@@ -128,19 +106,22 @@ def test_a_registered_task_is_found_by_its_name_and_its_hub_name(name, fake_hub)
 
 
 def test_secret_labels_and_missing_splits_are_refused(fake_hub):
-    with pytest.raises(HealingError, match=r"12 of 12 scored labels in column 'label' are missing"):
-        load_task("someone/unlabelled")
-    with pytest.raises(HealingError, match="has splits test: need train and test or validation"):
-        load_task("someone/only-test")
-    with pytest.raises(HealingError, match="from the hub: Couldn't reach 'someone/else'.*") as got:
-        load_task("someone/else")
-    assert "\n" not in str(got.value)
+    refused("12 of 12 scored labels in column 'label' are missing", "someone/unlabelled")
+    refused("has splits test: need train and test or validation", "someone/only-test:small")
+    refused("from the hub: Couldn't reach 'someone/else'", "someone/else")
+    refused("from the hub: Couldn't reach 'nyu-mll/glue'", "nyu-mll/glue")  # which of the seven?
 
 
-def test_a_hub_name_that_cannot_be_reached_is_one_clear_line(offline):
-    with pytest.raises(HealingError, match="cannot load data set 'someone/nothing'") as caught:
-        load_task("someone/nothing")
-    assert "\n" not in str(caught.value)
+def test_names_that_stand_for_nothing(tmp_path, offline):
+    refused("cannot load data set 'someone/nothing'", "someone/nothing")
+    refused("unknown task.*'sst'.*Did you mean 'sst2'", "sst")
+    refused("no such file: .*missing.csv", tmp_path / "missing.csv")
+    (tmp_path / "notes.txt").write_text("text,label\na,0\n")
+    refused(r"unknown file type.*'\.txt'; allowed: \.csv", tmp_path / "notes.txt")
+    refused("holds no train.csv", tmp_path)
+    folder = write_planted_task(tmp_path / "task")
+    (folder / "test.csv").rename(folder / "test.jsonl")
+    refused("different types: csv, json", folder)
 
 
 def test_the_organisms_tasks_come_with_their_own_splits(monkeypatch):
@@ -152,6 +133,8 @@ def test_the_organisms_tasks_come_with_their_own_splits(monkeypatch):
     data = load_task(name)
     assert (data.pool.texts, data.validation.texts, data.test.texts) == (["a", "b"], ["c"], ["d"])
     assert data.classes == tuple(organism.TASKS[name]) and data.metric == "f1"
+    refused("'spearman' does not fit .*classification", name, metric="spearman")
+    refused("has no columns or revisions to name", name, text="text")
 
 
 # --- Local files ----------------------------------------------------------------------------------
@@ -162,12 +145,11 @@ def test_one_file_is_split_the_same_way_always(tmp_path, suffix):
     texts, labels = planted_texts(50)
     frame = pd.DataFrame({"id": range(50), "review": texts, "sentiment": labels})
     path = tmp_path / f"mine.{suffix}"
-    if suffix == "csv":
-        frame.to_csv(path, index=False)
-    elif suffix == "jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    else:
-        frame.to_parquet(path)
+    {
+        "csv": lambda: frame.to_csv(path, index=False),
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "parquet": lambda: frame.to_parquet(path),
+    }[suffix]()
     data, again = load_task(str(path)), load_task(str(path))
     assert data == again
     assert (len(data.pool), len(data.test)) == (40, 10)
@@ -175,18 +157,24 @@ def test_one_file_is_split_the_same_way_always(tmp_path, suffix):
     by_text = dict(zip(texts, labels, strict=True))
     assert all(by_text[t] == y for t, y in zip(data.test.texts, data.test.labels, strict=True))
     assert data.classes == ("0", "1") and data.metric == "f1" and not data.regression
+    if suffix == "parquet":
+        path.write_bytes(path.read_bytes()[:-20])
+        refused(r"cannot read .*mine\.parquet: ", path)
 
 
 def test_a_folder_of_train_and_test_keeps_its_splits_and_names_its_classes(tmp_path):
-    data = load_task(str(write_planted_task(tmp_path / "task", train=20, test=8)))
+    folder = write_planted_task(tmp_path / "task", train=20, test=8)
+    data = load_task(str(folder))
     assert data.pool.texts == planted_texts(20)[0]
     assert data.test.texts == planted_texts(8, seed=1000)[0]
     assert data.classes == ("bad", "good")  # by the alphabet, whatever the file's order
     planted = planted_texts(20)[1]  # there, 0 is good
     assert data.pool.labels == [1 - y for y in planted]
-    sized = load_task(str(tmp_path / "task"), test_size=3)
+    sized = load_task(str(folder), test_size=3)
     assert len(sized.test) == 3 and set(sized.test.texts) <= set(data.test.texts)
-    assert sized.test == load_task(str(tmp_path / "task"), test_size=3).test
+    assert sized.test == load_task(str(folder), test_size=3).test
+    write_csv(folder / "test.csv", ["text", "label"], [("w1 good", "good"), ("w2", "lukewarm")])
+    refused("'lukewarm' is scored but never occurs in training", folder)
 
 
 def test_columns_are_found_or_named(tmp_path):
@@ -198,20 +186,12 @@ def test_columns_are_found_or_named(tmp_path):
     named = load_task(path, text="text", label="kind")
     assert named.pool.texts[0][0] == "c" and len(named.classes) == 3
     assert load_task(path, text=("text", "premise")).pool.texts[0][0][0] == "c"
-    with pytest.raises(HealingError, match="'hypotesis'.*Did you mean 'hypothesis'"):
-        load_task(path, text=("premise", "hypotesis"))
-    with pytest.raises(HealingError, match="label column.*'lable'.*Did you mean 'label'"):
-        load_task(path, label="lable")
-    with pytest.raises(HealingError, match="3 text columns named"):
-        load_task(path, text=("premise", "hypothesis", "text"))
-
-
-def test_columns_that_cannot_be_found_are_listed(tmp_path):
-    path = write_csv(tmp_path / "t.csv", ["utterance", "mood"], [("a", 0), ("b", 1)] * 4)
-    with pytest.raises(HealingError, match="no text column found.*utterance, mood.*text_column"):
-        load_task(path)
-    with pytest.raises(HealingError, match="no label column found.*utterance, mood.*label_column"):
-        load_task(path, text="utterance")
+    refused("'hypotesis'.*Did you mean 'hypothesis'", path, text=("premise", "hypotesis"))
+    refused("label column.*'lable'.*Did you mean 'label'", path, label="lable")
+    refused("3 text columns named", path, text=("premise", "hypothesis", "text"))
+    path = write_csv(tmp_path / "u.csv", ["utterance", "mood"], [("a", 0), ("b", 1)] * 4)
+    refused("no text column found.*utterance, mood.*text_column", path)
+    refused("no label column found.*utterance, mood.*label_column", path, text="utterance")
 
 
 def test_numbers_with_a_fraction_are_regression(tmp_path):
@@ -220,10 +200,8 @@ def test_numbers_with_a_fraction_are_regression(tmp_path):
     data = load_task(path)
     assert data.regression and data.num_labels == 1 and data.metric == "spearman"
     assert sorted(data.pool.labels + data.test.labels) == [i / 4 - 1 for i in range(12)]
-    with pytest.raises(HealingError, match="'f1' does not fit.*regression"):
-        load_task(path, metric="f1")
-    with pytest.raises(HealingError, match="unknown metric 'spearmen'.*'spearman'"):
-        load_task(path, metric="spearmen")
+    refused("'f1' does not fit.*regression", path, metric="f1")
+    refused("unknown metric 'spearmen'.*'spearman'", path, metric="spearmen")
 
 
 @pytest.mark.parametrize(
@@ -241,8 +219,6 @@ def test_labels_of_any_kind_become_class_ids(tmp_path, labels, classes):
     assert data.classes == classes
     for text, label in zip(data.pool.texts, data.pool.labels, strict=True):
         assert classes[label] == str(labels[int(text.split()[1]) % len(labels)])
-    with pytest.raises(HealingError, match="'spearman' does not fit.*classification"):
-        load_task(str(tmp_path / "t.csv"), metric="spearman")
 
 
 @pytest.mark.parametrize(
@@ -254,8 +230,6 @@ def test_labels_of_any_kind_become_class_ids(tmp_path, labels, classes):
         # In a CSV file these words stand for missing values: refused rather than guessed.
         ([(f"t{i}", ("for", "NA")[i % 2]) for i in range(10)], "labels in column 'label'"),
         ([(("null", "a")[i % 2], i % 2) for i in range(10)], "column 'text' holds no text in row"),
-        ([("a", "x"), ("b", "y"), ("c", ""), ("d", "y"), ("e", "x")], "labels in column 'label'"),
-        ([("a", 0), ("b", 1), ("c", ""), ("d", 1), ("e", 0)], "labels in column 'label'"),
         ([("a", 0.5), ("b", 1.5), ("c", ""), ("d", 1), ("e", 0)], "labels in column 'label'"),
         ([(f"t{i}", 3) for i in range(10)], "only one class"),
         ([("a", 0)], "1 rows: too few"),
@@ -263,56 +237,7 @@ def test_labels_of_any_kind_become_class_ids(tmp_path, labels, classes):
     ],
 )
 def test_unusable_rows_are_refused(tmp_path, rows, message):
-    with pytest.raises(HealingError, match=message) as caught:
-        load_task(write_csv(tmp_path / "t.csv", ["text", "label"], rows))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_label_that_training_never_saw_is_named(tmp_path):
-    folder = write_planted_task(tmp_path / "task")
-    write_csv(folder / "test.csv", ["text", "label"], [("w1 good", "good"), ("w2", "lukewarm")])
-    with pytest.raises(HealingError, match="'lukewarm' is scored but never occurs in training"):
-        load_task(str(folder))
-
-
-def test_several_labels_a_text_are_refused(tmp_path):
-    path = tmp_path / "t.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"t{i}", "label": [0, 1]}) for i in range(8)))
-    with pytest.raises(HealingError, match="'label' holds no single label a text"):
-        load_task(str(path))
-
-
-def test_line_endings_and_a_byte_order_mark_do_not_matter(tmp_path):
-    texts, labels = planted_texts(10)
-    lines = ["text,label"] + [f'"{t}",{y}' for t, y in zip(texts, labels, strict=True)]
-    plain = "\n".join(lines) + "\n"
-    mixed = "".join(line + ("\r\n" if i % 2 else "\n") for i, line in enumerate(lines))
-    loaded = []
-    for name, content in [
-        ("plain", plain.encode()),
-        ("mixed", mixed.encode()),
-        ("windows", plain.replace("\n", "\r\n").encode()),
-        ("bom", b"\xef\xbb\xbf" + plain.encode()),
-        ("no-newline-at-the-end", plain.rstrip().encode()),
-    ]:
-        (tmp_path / f"{name}.csv").write_bytes(content)
-        data = load_task(str(tmp_path / f"{name}.csv"))
-        loaded.append((data.pool, data.test, data.classes))
-    assert all(one == loaded[0] for one in loaded)
-    assert sorted(loaded[0][0].texts + loaded[0][1].texts) == sorted(texts)
-
-
-def test_a_byte_order_mark_in_jsonl_is_read_or_refused_clearly(tmp_path):
-    texts, labels = planted_texts(10)
-    rows = [json.dumps({"text": t, "label": y}) for t, y in zip(texts, labels, strict=True)]
-    path = tmp_path / "t.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
-    try:
-        data = load_task(str(path))
-    except HealingError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-    else:
-        assert sorted(data.pool.texts + data.test.texts) == sorted(texts)
+    refused(message, write_csv(tmp_path / "t.csv", ["text", "label"], rows))
 
 
 @pytest.mark.parametrize(
@@ -328,34 +253,33 @@ def test_a_byte_order_mark_in_jsonl_is_read_or_refused_clearly(tmp_path):
 )
 def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(HealingError) as caught:
-        load_task(str(tmp_path / name))
-    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert name in refused("cannot read|column", tmp_path / name)
 
 
-def test_a_truncated_parquet_file_is_named(tmp_path):
-    path = tmp_path / "t.parquet"
-    pd.DataFrame({"text": planted_texts(50)[0], "label": planted_texts(50)[1]}).to_parquet(path)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(HealingError, match=r"cannot read .*t\.parquet: ") as caught:
-        load_task(str(path))
-    assert "\n" not in str(caught.value)
+def test_several_labels_a_text_are_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"t{i}", "label": [0, 1]}) for i in range(8)))
+    refused("'label' holds no single label a text", path)
 
 
-def test_names_that_stand_for_nothing(tmp_path, offline):
-    with pytest.raises(HealingError, match="unknown task.*'sst'.*Did you mean 'sst2'"):
-        load_task("sst")
-    with pytest.raises(HealingError, match="no such file: .*missing.csv"):
-        load_task(str(tmp_path / "missing.csv"))
-    (tmp_path / "notes.txt").write_text("text,label\na,0\n")
-    with pytest.raises(HealingError, match=r"unknown file type.*'\.txt'; allowed: \.csv"):
-        load_task(str(tmp_path / "notes.txt"))
-    with pytest.raises(HealingError, match="holds no train.csv"):
-        load_task(str(tmp_path))
-    folder = write_planted_task(tmp_path / "task")
-    (folder / "test.csv").rename(folder / "test.jsonl")
-    with pytest.raises(HealingError, match="different types: csv, json"):
-        load_task(str(folder))
+def test_line_endings_and_a_byte_order_mark_do_not_matter(tmp_path):
+    texts, labels = planted_texts(10)
+    lines = ["text,label"] + [f'"{t}",{y}' for t, y in zip(texts, labels, strict=True)]
+    plain = "\n".join(lines) + "\n"
+    contents = {
+        "plain": plain.encode(),
+        "mixed": "".join(line + ("\r\n", "\n")[i % 2] for i, line in enumerate(lines)).encode(),
+        "windows": plain.replace("\n", "\r\n").encode(),
+        "bom": b"\xef\xbb\xbf" + plain.encode(),
+        "no-newline-at-the-end": plain.rstrip().encode(),
+    }
+    loaded = []
+    for name, content in contents.items():
+        (tmp_path / f"{name}.csv").write_bytes(content)
+        data = load_task(str(tmp_path / f"{name}.csv"))
+        loaded.append((data.pool, data.test, data.classes))
+    assert all(one == loaded[0] for one in loaded)
+    assert sorted(loaded[0][0].texts + loaded[0][1].texts) == sorted(texts)
 
 
 def test_a_file_that_changes_is_read_again(tmp_path):
@@ -363,11 +287,10 @@ def test_a_file_that_changes_is_read_again(tmp_path):
         rows = [(f"{word} {i}", i % 2) for i in range(10)]
         return write_csv(tmp_path / "t.csv", ["text", "label"], rows)
 
-    path = write("old")
-    before = load_task(path)
-    write("new")
-    assert {t.split()[0] for t in load_task(path).pool.texts} == {"new"}
-    assert before.pool.sha() != load_task(path).pool.sha()
+    before = load_task(write("old"))
+    after = load_task(write("new"))
+    assert {t.split()[0] for t in after.pool.texts} == {"new"}
+    assert before.pool.sha() != after.pool.sha()
 
 
 # --- Drawing training examples --------------------------------------------------------------------
@@ -383,7 +306,6 @@ def test_draws_are_seeded_disjoint_and_of_the_asked_size():
     data = task_of(100)
     train, validation = data.draw(0, 50, 20)
     assert (len(train), len(validation)) == (50, 20)
-    assert not set(train.texts) & set(validation.texts)
     assert len({*train.texts, *validation.texts}) == 70
     assert data.draw(0, 50, 20) == (train, validation)
     assert data.draw(1, 50, 20)[0] != train
@@ -411,7 +333,6 @@ def test_a_splits_hash_is_of_its_content():
     assert one.sha() == Split(["a", "b"], [0, 1]).sha()
     others = [
         Split(["a", "b"], [1, 0]), Split(["b", "a"], [0, 1]), Split(["a"], [0]),
-        Split(["a", "b"], [0.0, 1.0]), Split([["a", "b"]], [0]),
+        Split(["a", "b"], [0.0, 1.0]), Split([["a", "b"]], [0]), Split(["é", "b"], [0, 1]),
     ]  # fmt: skip
-    assert len({one.sha(), *(s.sha() for s in others)}) == 6
-    assert tasks.Split(["é"], [0]).sha() != Split(["e"], [0]).sha()
+    assert len({one.sha(), *(s.sha() for s in others)}) == 7
