@@ -39,7 +39,7 @@ test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k nam
 	@$(MAKE) $(VENV)/.cluster || echo "Ray cannot be installed: tests on its cluster are skipped"
 	@runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
 	export HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet; failed=0; \
-	$(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+	$(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1500 \
 	  -p no:cacheprovider $(ARGS) > "$$runs/said" 2>&1 & beside=$$!; \
 	$(BIN)/python -m pytest tests $(ARGS) || { [ $$? = 5 ] || failed=1; }; \
 	wait $$beside || { [ $$? = 5 ] || failed=1; }; \
@@ -97,9 +97,11 @@ badges:  ## Write the repository's address into the notebooks: make badges REPO=
 	@perl -pi -e 's{(google\.com/github|git\+https://github\.com)/[\w-]+/[\w.-]+}{$$1/$(REPO)}g' \
 	  notebooks/*.ipynb
 
-check: $(READY)  ## Check format and style, and run the fast tests
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -m "not slow" tests $(ARGS)
+QUICK := $(addprefix tests/,test_house.py base texts organism study/test_parameters.py \
+  run/test_cli.py run/test_profiles.py)
+check: $(READY)  ## Check format and style, and run the quick tests
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check healing_utils tests
+	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest $(QUICK) $(ARGS)
 
 # The newest versions that pyproject.toml allows, except torch: a change of torch is a download of
 # gigabytes and a change of numerics, so it is made on purpose, make lock TORCH=x.y.z.
