@@ -91,19 +91,25 @@ class Study(Sources):
         cells = self.plan(stage)
         if plan:
             self.keep_plan(stage, cells)
-        # With one worker, the process that asks computes: no further one is on its GPU.
-        self.compute(cells, stage, "workers" if self.parameters["workers"] > 1 else "in-process")
+        self.compute(cells, stage)
         return self.table(stage, cells)
 
     def compute(
-        self, cells: list[Cell], what: str, executor: str = "workers", address: str | None = None
+        self,
+        cells: list[Cell],
+        what: str,
+        executor: str | None = None,
+        address: str | None = None,
     ) -> None:
         """Compute those of `cells` that have no record; `what` they are stands in the progress and
         in errors. `executor`: `workers`, as many processes as the parameter says, `in-process`, or
-        `ray`, the cluster at `address`. Raises as `run` does, and where Ray is not there."""
+        `ray`, the cluster at `address`; by itself processes where there are to be several. Raises
+        as `run` does, and where Ray is not there."""
         self.store.sweep()
         each = {cell.key: cell for cell in cells}  # scans may share a cell
         todo = [cell for cell in each.values() if self.store.read(cell.stage, cell.key) is None]
+        if executor is None:  # with one worker, no further process is on its GPU
+            executor = "workers" if self.parameters["workers"] > 1 else "in-process"
         if executor == "workers" and len(todo) < FEW:
             executor = "in-process"
         make = functools.partial(Study, {**self.parameters, "run": str(self.run_folder)})

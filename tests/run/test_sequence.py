@@ -39,6 +39,9 @@ class NoCells:
     def compute(self, *asked):
         self.asked.append(asked)
 
+    def close(self):
+        pass
+
 
 def stand_ins(folder: Path, patch: pytest.MonkeyPatch, *notebooks: str) -> None:
     """Have runs take those notebooks alone, compute no cells, and write a page of one word."""
