@@ -22,6 +22,7 @@ from healing_utils.base.errors import HealingError
 from healing_utils.base.paths import project_root
 from healing_utils.base.records import write_atomically
 from healing_utils.run.notebooks import fold_parameters, quick_import
+from healing_utils.run.status import progress
 
 with quick_import():
     import nbformat
@@ -112,11 +113,9 @@ def _missing(run: Path, books: dict[str, Any]) -> list[str]:
     missing = [f"{book['name']} {book['status']}" for book in unfinished]
     if ANALYSIS[0] not in books:
         missing.append(f"{ANALYSIS[0]} is not there yet")
-    for path in sorted(run.glob("plans/*.json")):
-        cells = _read(path).get("cells", [])
-        wanted = [f"{cell.get('stage', path.stem)}/{cell['key']}.json" for cell in cells]
-        if left := sum(not (run / "records" / name).exists() for name in wanted):
-            missing.append(f"{left} of {len(cells)} cells of {path.stem}")
+    for stage, cells, left in progress(run):
+        if left:
+            missing.append(f"{len(left)} of {len(cells)} cells of {stage}")
     return missing
 
 

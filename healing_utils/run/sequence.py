@@ -21,19 +21,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import papermill
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-
 from healing_utils.base.progress import duration
 from healing_utils.base.records import canonical, digest, write_atomically
 from healing_utils.run import estimate, profiles
-from healing_utils.run.notebooks import declared_parameters
+from healing_utils.run.notebooks import declared_parameters, quick_import
 from healing_utils.run.notebooks import folder as notebook_folder
 from healing_utils.run.page import write_page
 from healing_utils.run.profiles import Shard
 from healing_utils.study.pool import COLLECT_AFTER, HUGE_PAGES
 from healing_utils.study.study import Study
+
+with quick_import():
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
 ORGANISM_NOTEBOOK = "00_model_organism"  # only worth running where the organism is studied
 DISK_WANTED = 2e9  # bytes free; the weights of the intact models are the largest part of a run

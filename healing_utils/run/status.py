@@ -37,9 +37,11 @@ def find_run(name: str | None = None) -> Path:
 def progress(target: Path) -> Iterator[tuple[str, list[dict], list[dict]]]:
     """Name, planned and missing cells of every planned stage, read from the run's folder; nothing
     there is changed."""
-    for stage in ALL_STAGES:
+    order = {stage: place for place, stage in enumerate(ALL_STAGES)}
+    plans = {path.stem: path for path in target.glob("plans/*.json")}
+    for stage in sorted(plans, key=lambda name: (order.get(name, len(order)), name)):
         try:
-            cells = json.loads((target / "plans" / f"{stage}.json").read_text("utf-8"))["cells"]
+            cells = json.loads(plans[stage].read_text("utf-8"))["cells"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         missing = [

@@ -8,7 +8,7 @@ included, the stage `harms`. A cell that several grids name is the same cell, co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -190,10 +190,13 @@ def _grid(study: Sources, stage: str) -> list[Cell]:
 # -- scans -----------------------------------------------------------------------------------------
 
 
-def scan_cells(study: Sources, stage: str) -> list[Cell]:
-    """The cells of `harms` or `scans`, scan by scan, none twice in a scan."""
+def scan_cells(study: Sources, stage: str, names: Collection[str] | None = None) -> list[Cell]:
+    """The cells of `harms` or `scans`, scan by scan (those of `names` alone, where they are given),
+    none twice in a scan."""
     cells: dict[tuple[str, str, str], Cell] = {}
     for name, given in study.parameters["scans"].items():
+        if names is not None and name not in names:
+            continue
         try:
             for cell in _scan(study, given):
                 if (cell.state == "broken") == (stage == "harms"):
@@ -277,8 +280,7 @@ def probed_beside(study: Sources) -> list[Cell]:
     """The intact cells of scans whose models are probed."""
     scans = study.parameters["scans"]
     wanted = {name for name, scan in scans.items() if scan.get("probed")}
-    cells = scan_cells(study, "scans") if wanted else []
-    return [cell for cell in cells if cell.state == "intact" and cell.scan in wanted]
+    return [cell for cell in scan_cells(study, "scans", wanted) if cell.state == "intact"]
 
 
 def keeps_weights(study: Sources, cell: Cell) -> bool:

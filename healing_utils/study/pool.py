@@ -75,8 +75,9 @@ def outcomes(
     losses: dict[str, int] = {}
     try:
         while waiting or running:
+            room = backend.room()
             for cell in list(waiting):
-                if len(running) >= backend.room():
+                if len(running) >= room:
                     break
                 if wanted[cell.key] & pending:
                     continue
@@ -156,12 +157,12 @@ def compute(study: Any, cell: Any, note: Note) -> Exception | None:
     try:
         study.record(cell, on_step)
     except Exception as error:
-        note = traceback.format_exc()
+        trace = traceback.format_exc()
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # a library's own, which cannot travel between processes
             error = HealingError(f"{type(error).__name__}: {error}")
-        error.add_note(note)
+        error.add_note(trace)
         return error
     return None
 

@@ -22,7 +22,7 @@ from healing_utils.base.errors import HealingError
 from healing_utils.base.progress import Progress
 from healing_utils.base.records import canonical, write_atomically
 from healing_utils.study import compute, linguistics, planning, pool
-from healing_utils.study.cells import ALL_STAGES, PROBING_STAGES, Cell
+from healing_utils.study.cells import ALL_STAGES, PROBING_STAGES, Cell, by_unit
 from healing_utils.study.cluster import Ray
 from healing_utils.study.parameters import for_task
 from healing_utils.study.sources import Sources
@@ -165,10 +165,11 @@ class Study(Sources):
     def keep_plans(self) -> list[Cell]:
         """Make what the parameters plan the cells of all stages in this folder; return them, one
         task and seed after the other."""
-        for stage in ALL_STAGES:
+        planned = {stage: self.plan(stage) for stage in ALL_STAGES}
+        for stage, cells in planned.items():
             if stage != "networks":
-                self.keep_plan(stage, self.plan(stage))
-        return self.plan("everything")
+                self.keep_plan(stage, cells)
+        return by_unit([cell for cells in planned.values() for cell in cells])
 
     def table(self, stage: str, cells: list[Cell] | None = None) -> pd.DataFrame:
         """The stage's finished cells; raises HealingError naming a planned cell that is missing.
