@@ -1,33 +1,24 @@
 """Tiny random-weight models of every encoder family: three layers, width 16, two heads."""
 
-from __future__ import annotations
-
 import functools
 import json
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 LAYERS, WIDTH, INNER, VOCABULARY = 3, 16, 24, 60
 
 _SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "intermediate_size": INNER,
-    "max_position_embeddings": 40,
-}
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2, "intermediate_size": INNER, "max_position_embeddings": 40,
+}  # fmt: skip
 
 # What can be corrupted. Settings beyond size switch on what a family keeps beside its layers.
 FAMILIES = {
     "bert": lambda: hf.BertConfig(**_SIZES),
     "distilbert": lambda: hf.DistilBertConfig(
-        vocab_size=VOCABULARY,
-        dim=WIDTH,
-        n_layers=LAYERS,
-        n_heads=2,
-        hidden_dim=INNER,
+        vocab_size=VOCABULARY, dim=WIDTH, n_layers=LAYERS, n_heads=2, hidden_dim=INNER,
         max_position_embeddings=40,
     ),
     "roberta": lambda: hf.RobertaConfig(**_SIZES),
@@ -36,21 +27,15 @@ FAMILIES = {
     ),
     "electra": lambda: hf.ElectraConfig(embedding_size=8, **_SIZES),
     "deberta-v2": lambda: hf.DebertaV2Config(
-        relative_attention=True,
-        position_buckets=4,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-        conv_kernel_size=3,
-        type_vocab_size=0,
-        **_SIZES,
+        relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm", share_att_key=True,
+        pos_att_type=["p2c", "c2p"], position_biased_input=False, conv_kernel_size=3,
+        type_vocab_size=0, **_SIZES,
     ),
     "mpnet": lambda: hf.MPNetConfig(**_SIZES),
     "modernbert": lambda: hf.ModernBertConfig(
         pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, **_SIZES
     ),
-}
+}  # fmt: skip
 
 HEADS = ("none", "classification", "language model")
 
@@ -109,15 +94,10 @@ def wordpiece() -> hf.PreTrainedTokenizerFast:
 
 @functools.cache
 def byte_level() -> hf.PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=36,  # so few that long words split
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-        show_progress=False,
-    )
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # and so few pieces that long words split
+    trainer = trainers.BpeTrainer(vocab_size=36, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([" ".join(s) for s in SENTENCES] * 3 + ["a b c"], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return hf.RobertaTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])

@@ -1,15 +1,19 @@
 """A tiny BERT with a tokenizer on disk, and texts whose labels are planted by one word."""
 
-from __future__ import annotations
-
-import csv
+import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 import torch
 from families import VOCABULARY
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tqdm import tqdm
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
 
 from healing_utils.healing.training import Encoded
@@ -21,37 +25,26 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CUES, *FILLERS]
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Whole words, [CLS] and [SEP] around them, token type 1 for the second of a pair."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
     words = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
+    )  # fmt: skip
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    )  # fmt: skip
 
 
 def save_tiny_bert(folder: Path, layers: int = 3, seed: int = 0) -> Path:
     """A random-weight BERT of width 32 and its tokenizer, as `from_pretrained` expects them."""
     config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=40,
-    )
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=40,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1000 + seed)  # not a seed that a test trains with
         AutoModel.from_config(config).save_pretrained(folder)
@@ -75,22 +68,16 @@ def write_planted_task(folder: Path, train: int = 48, test: int = 24, seed: int 
     """A folder with train.csv and test.csv of planted texts."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count, shift in (("train", train, 0), ("test", test, 1000)):
-        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            texts, labels = planted_texts(count, seed=seed + shift)
-            writer.writerows(zip(texts, [CUES[label] for label in labels], strict=True))
+        texts, labels = planted_texts(count, seed=seed + shift)
+        rows = [f"{text},{CUES[label]}" for text, label in zip(texts, labels, strict=True)]
+        (folder / f"{split}.csv").write_text("\r\n".join(["text,label", *rows, ""]), newline="")
     return folder
 
 
 def random_examples(
-    count: int = 24,
-    classes: int = 2,
-    seed: int = 0,
-    pad: tuple[int, int, str] = (0, 0, "right"),
-    ids: tuple[int, int] = (5, VOCABULARY),
-    lengths: tuple[int, int] = (3, 12),
-) -> Encoded:
+    count: int = 24, classes: int = 2, seed: int = 0, pad: tuple[int, int, str] = (0, 0, "right"),
+    ids: tuple[int, int] = (5, VOCABULARY), lengths: tuple[int, int] = (3, 12),
+) -> Encoded:  # fmt: skip
     """Token ids and labels drawn at random, for the models of `families`."""
     rng = np.random.default_rng(seed)
     rows = [rng.integers(*ids, size=rng.integers(*lengths)).tolist() for _ in range(count)]
@@ -127,12 +114,6 @@ def study_process(
     ``("step", n)``: after the n-th step of training. `log` gets a line for every cell that is
     computed.
     """
-    import os
-    import signal
-    import threading
-
-    from tqdm import tqdm
-
     os.environ["HEALING_PROGRESS"] = "quiet"
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore that the killed leave behind
     torch.set_num_threads(1)
@@ -149,29 +130,21 @@ def study_process(
 
     kind, count = moment or ("", 0)
     write, record = records.write_atomically, Study.record
-    done = {"records": 0, "steps": 0}
+    written, stepped = itertools.count(1), itertools.count(1)
 
     def counting_write(path: Path, content: str | bytes) -> None:
-        done["records"] += 1
-        now = done["records"] == count
-        if now and kind == "half":
-            os.fsync = half
-        elif now and kind == "renaming":
-            os.replace = die
+        now = kind if next(written) == count else ""
+        os.fsync = half if now == "half" else os.fsync
+        os.replace = die if now == "renaming" else os.replace
         write(path, content)
-        if now and kind == "recorded":
+        if now == "recorded":
             die()
 
     def counting_record(self: Study, cell: object, on_step: object) -> None:
-        def counting_step(*told: object) -> None:
-            done["steps"] += 1
-            if kind == "step" and done["steps"] == count:
-                die()
-
         if log:
             with open(log, "a") as file:
                 file.write(f"{cell.key}\n")
-        record(self, cell, counting_step)
+        record(self, cell, lambda *_: kind == "step" and next(stepped) == count and die())
 
     # Store.write finds this name in its own module: plans and weights are not counted.
     records.write_atomically = counting_write
@@ -183,19 +156,12 @@ def study_process(
 
 def processes():
     """A multiprocessing context whose processes start with everything imported, and no threads."""
-    import multiprocessing
-
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "healing_utils.study.study",
-            "datasets.packaged_modules.csv.csv",
-            "scipy.stats",
-            "sklearn.metrics",
-            "transformers.models.auto.modeling_auto",
-            "transformers.models.bert.modeling_bert",
-        ]
-    )
+    context.set_forkserver_preload([
+        "healing_utils.study.study", "scipy.stats",
+        "sklearn.metrics", "transformers.models.auto.modeling_auto",
+        "transformers.models.bert.modeling_bert",
+    ])  # fmt: skip
     return context
 
 

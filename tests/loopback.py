@@ -1,7 +1,5 @@
 """A Ray cluster on this machine alone, for tests and benchmarks."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

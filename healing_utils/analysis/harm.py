@@ -1,59 +1,90 @@
-"""What harm costs and which recipe of first aid works: the tables behind the scans of a run.
+"""What harm costs, before healing and after: the tables behind the scans of a run.
 
 Every function takes the table of `gather`: all scored cells of a run, the main grid and the scans,
-each beside the intact score of the same model, task and seed. Differences are paired within a
-(task, seed) unit.
+each beside the intact score of the same model, task, seed and budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from healing_utils.analysis import results
-from healing_utils.analysis.claims import COLUMNS, MARGIN, Effect, decide, evidence, recovery_claims
-from healing_utils.analysis.effects import Interval, bounds, groups, means, t_interval, units_needed
+from healing_utils.analysis.effects import as_fraction, bounds, groups, means
 from healing_utils.base.errors import HealingError
 
 # What makes a training another one; the moments at which it is looked at do not.
 BUDGET = ["train_size", "epochs", "learning_rate", "head"]
-CONTROLS = {
-    "random": "as many layers drawn at random",
-    "scattered": "as many values scattered over all layers",
-}
+_UNIT = ["model", "task", "seed"]
+# What makes a cell another one.
+CELL = [*_UNIT, *BUDGET, "state", "start", "harm", "part", "recipe", "side", "level", "layers"]
 
 
 def gather(
     run: str | Path, stages: Sequence[str] = (*results.TASK_STAGES, *results.SCAN_STAGES)
 ) -> pd.DataFrame:
-    """All scored cells of some stages of a run: the columns of its tables, and `scan`, ``main`` for
-    the main grid; `harm`, the kind with its strength; `intact`, the score of the intact model of
-    the same model, task and seed, trained as the study's parameters say; `loss` = intact - score;
-    `retained` = score / intact; `usual`, whether a cell's training is that of the parameters (true
-    of what is broken)."""
+    """All scored cells of some stages of a run, as `beside_intact` gives them."""
     tables = [results.load_results(run, s) for s in stages if results.has_stage(run, s)]
     if not tables:
-        raise HealingError(f"run {run} has no scored cells: run 01 to 03 first")
-    cells = pd.concat([t for t in tables if len(t)], ignore_index=True)
+        names = ["harm", "intact", "loss", "retained", "usual", "budget", "variant"]
+        return pd.DataFrame(columns=[*results.COLUMNS["scans"], *names])
+    return beside_intact(pd.concat(tables, ignore_index=True))
+
+
+def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
+    """The tables of task stages put together, with further columns: `scan`, ``main`` for the main
+    grid; `harm`, the kind with its strength; `intact`, the score of the intact model of the same
+    model, task, seed and budget; `loss` = intact - score; `retained` = score / intact; `usual`,
+    whether the budget is that of the study's parameters, and `budget`, in words how it differs;
+    `variant`, in words harm, recipe, start and budget."""
     cells = cells[cells["state"] != "untrained"].reset_index(drop=True)  # a floor, no harm
     cells["scan"] = cells["scan"].fillna("main") if "scan" in cells else "main"
     cells["level"] = cells["level"].astype(float).round(6)
     cells["harm"] = spell_harms(cells)
     cells["part"] = cells["part"].fillna("none")
-    unit = ["model", "task", "seed"]
-    main = cells[(cells["state"] == "intact") & (cells["scan"] == "main")]
-    main = main[[*unit, "score", *BUDGET]].rename(columns={"score": "intact"})
-    cells = cells.merge(main, on=unit, how="left", suffixes=("", "_usual"))
-    usual = [f"{name}_usual" for name in BUDGET]
-    same = (cells[BUDGET].to_numpy() == cells[usual].to_numpy()).all(axis=1)
-    cells["usual"] = same | (cells["state"] == "broken")
+    cells["steps"] = cells["steps"].astype(float)  # none of what is broken
+    intact = once(cells[cells["state"] == "intact"], [*_UNIT, *BUDGET])
+    # What is broken was not trained and records no examples: those of its fine-tuned model.
+    rest = [*_UNIT, *BUDGET[1:]]
+    sizes = intact.drop_duplicates(rest)[[*rest, "train_size"]]
+    sizes = cells[rest].merge(sizes, on=rest, how="left")["train_size"].astype(float)
+    cells["train_size"] = cells["train_size"].astype(float).fillna(sizes)
+    # Its steps too, which a training that broke off, or warmed up first, has fewer of.
+    own = intact[[*_UNIT, *BUDGET, "score", "steps"]]
+    own = own.rename(columns={"score": "intact", "steps": "whole_main"})
+    cells = cells.merge(own, on=[*_UNIT, *BUDGET], how="left")
+    main = intact[intact["scan"] == "main"][[*_UNIT, *BUDGET, "steps"]]
+    cells = cells.merge(main, on=_UNIT, how="left", suffixes=("", "_main"))
+    cells["usual"] = (cells[BUDGET].to_numpy() == cells[[f"{n}_main" for n in BUDGET]]).all(axis=1)
+    cells["budget"] = [_budget(row) for row in cells.itertuples()]
+    cells["variant"] = [_variant(row) for row in cells.itertuples()]
     cells["loss"] = cells["intact"] - cells["score"]
     cells["retained"] = (cells["score"] / cells["intact"]).where(cells["intact"] > 0)
-    return cells.drop(columns=usual)
+    return cells.drop(columns=[name for name in cells if name.endswith("_main")])
+
+
+def _variant(row) -> str:
+    recipe = "" if row.recipe == "full" else "by " + row.recipe.replace("_", " ")
+    start = "" if row.start == "pre-trained" else row.start
+    return ", ".join(filter(None, [harm_name(row.harm), recipe, start, row.budget]))
+
+
+def _budget(row) -> str:
+    """``1/3 of the steps, 500 examples``: what differs from the study's own budget."""
+    steps = row.whole_main if row.whole_main > 0 else row.steps
+    known = steps > 0 and row.steps_main > 0
+    ratio = Fraction(steps / row.steps_main if known else 1).limit_denominator(12)
+    words = [
+        "" if ratio == 1 else f"{ratio} {'times' if ratio > 1 else 'of'} the steps",
+        f"{row.train_size:,.0f} examples" if row.train_size != row.train_size_main else "",
+        f"rate {row.learning_rate:g}" if row.learning_rate != row.learning_rate_main else "",
+        f"{row.head} head" if row.head != row.head_main else "",
+    ]
+    return ", ".join(filter(None, words))
 
 
 def spell_harms(cells: pd.DataFrame) -> list[str]:
@@ -68,38 +99,38 @@ def harm_name(harm: str) -> str:
 
 
 def once(cells: pd.DataFrame, by: Sequence[str] = ("key",)) -> pd.DataFrame:
-    """Each cell once, under the main grid's name where it is there."""
-    first = cells.assign(_other=cells["scan"] != "main").sort_values("_other", kind="stable")
+    """Each cell once, under the main grid's name where it is there, else by side before layers."""
+    rank = (cells["scan"] != "main") * 2 + (cells["side"] == "custom")
+    first = cells.assign(_other=rank).sort_values("_other", kind="stable")
     return first.drop_duplicates(list(by)).drop(columns="_other").sort_index()
 
 
-def _by_side(cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells whose whole layers were corrupted by side, each once: what a scan calls by its layers
-    may be such a cell too, so the side is asked for first."""
+def plain(cells: pd.DataFrame, most: Sequence[str]) -> pd.DataFrame:
+    """Cells trained in the plain way: the pre-trained model, all of it, and of each model, task and
+    state at the one budget that has the most different `most`, the study's own where several do."""
+    chosen = cells[(cells["start"] == "pre-trained") & (cells["recipe"] == "full")]
+    kept = []
+    for _, part in groups(chosen, ["model", "task", "state"]):
+        found = part.groupby(BUDGET, sort=False, dropna=False)
+        sizes = {key: (len(g.drop_duplicates(list(most))), g["usual"].all()) for key, g in found}
+        kept.append(found.get_group(max(sizes, key=sizes.get)))
+    return pd.concat(kept).sort_index() if kept else chosen
+
+
+def by_side(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells whose whole layers were corrupted by side, each once, however often it was looked at
+    in training: what a scan calls by its layers may be such a cell too, so the side is asked for
+    first."""
     sides = ["bottom", "top", "all"]
-    return once(cells[(cells["part"] == "all") & cells["side"].isin(sides)])
-
-
-def _plain(cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells trained as the main grid is: the pre-trained model, all of it, the usual budget."""
-    return cells[cells["usual"] & (cells["start"] == "pre-trained") & (cells["recipe"] == "full")]
-
-
-def trained(cells: pd.DataFrame) -> pd.DataFrame:
-    """Healed cells of the usual budget, each once."""
-    return once(cells[(cells["state"] == "healed") & cells["usual"]])
+    return once(cells[(cells["part"] == "all") & cells["side"].isin(sides)], CELL)
 
 
 def vulnerability(cells: pd.DataFrame, harm: str = "reinit") -> pd.DataFrame:
     """Retained score when one layer, or one part of one layer, is corrupted: a row a model, task,
     state (broken, healed), part and layer, with mean, 95 % t-interval and n seeds."""
-    chosen = once(_plain(cells))
-    chosen = chosen[
-        chosen["state"].isin(["broken", "healed"])
-        & (chosen["harm"] == harm)
-        & (chosen["layers"].map(len) == 1)
-        & (chosen["side"] != "scattered")
-    ]
+    chosen = cells[cells["state"].isin(["broken", "healed"]) & (cells["harm"] == harm)]
+    chosen = chosen[(chosen["layers"].map(len) == 1) & (chosen["side"] != "scattered")]
+    chosen = once(plain(chosen, ["part", "layers"]))
     chosen = chosen.assign(layer=[layers[0] for layers in chosen["layers"]])
     by = ["model", "task", "state", "part", "layer"]
     return means(chosen, by, "retained").sort_values(by, ignore_index=True)
@@ -108,7 +139,7 @@ def vulnerability(cells: pd.DataFrame, harm: str = "reinit") -> pd.DataFrame:
 def by_harm(cells: pd.DataFrame) -> pd.DataFrame:
     """Retained score by kind of harm, side and level, broken and healed, of whole layers: a row a
     model, task, state, harm, side and level, with mean, interval and n seeds."""
-    chosen = _by_side(_plain(cells))
+    chosen = plain(by_side(cells), ["harm"])
     by = ["model", "task", "state", "harm", "side", "level"]
     found = means(chosen[chosen["state"].isin(["broken", "healed"])], by, "retained")
     return found.sort_values(by, ignore_index=True)
@@ -125,168 +156,60 @@ def most_kinds(broken: pd.DataFrame) -> pd.DataFrame:
     return max(places, key=lambda part: part["harm"].nunique())
 
 
-def claims_by_harm(
-    cells: pd.DataFrame, grid: Callable[[str], dict | None] = lambda kind: None
-) -> pd.DataFrame:
-    """A1 to A3 under every kind of harm that hit whole layers by side: `recovery_claims` for each
-    harm, corrected within it. What a scan has on fewer tasks or seeds is tested on those; `grid`
-    gives what was planned of a kind of the main grid."""
-    plain, found = _plain(cells), []
-    intact, healed = (plain[plain["state"] == state] for state in ("intact", "healed"))
-    intact = once(intact)
-    for names, part in groups(_by_side(healed), ["model", "harm"]):
-        own = intact[
-            (intact["model"] == names["model"])
-            & intact["task"].isin(part["task"])
-            & intact["seed"].isin(part["seed"])
-        ]
-        planned = grid(names["harm"]) if (part["scan"] == "main").any() else None
-        table = recovery_claims(pd.concat([own, part]), part["kind"].iloc[0], planned)
-        broke = int((part["diverged"] != "").sum())
-        if broke:  # their scores are those of destroyed models, on either side
-            table["reason"] += f"; {broke} of {len(part)} trainings broke off"
-        found.append(table.assign(kind=names["harm"]))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+def place_name(row: pd.Series) -> str:
+    """Where layers were hit, in words: ``bottom 1/2``, ``layer 3``, ``all layers``."""
+    if row["side"] == "custom":
+        return "layer " + ", ".join(map(str, row["layers"]))
+    return "all layers" if row["side"] == "all" else f"{row['side']} {as_fraction(row['level'])}"
 
 
-def against_controls(cells: pd.DataFrame) -> pd.DataFrame:
-    """Is it the bottom, or how much is hit? healed(control) - healed(bottom), paired by task and
-    seed, at the same level and kind, for the controls `CONTROLS`: the columns of the claims, and
-    ``level control same``. p is corrected over the rows of a model. `same` counts the units whose
-    random layers happen to be the bottom ones.
-    """
-    chosen = _plain(cells)
-    chosen = chosen[(chosen["state"] == "healed") & (chosen["part"] == "all")]
-    place, paired = ["model", "harm", "level"], ["task", "seed", "model", "harm", "level"]
-    bottom = once(chosen[chosen["side"] == "bottom"])[[*paired, "score", "key"]]
-    effects = []
-    for control, what in CONTROLS.items():
-        beside = once(chosen[chosen["side"] == control])[[*paired, "score", "key"]]
-        both = beside.merge(bottom, on=paired, how="left", suffixes=("", "_bottom"))
-        for names, part in groups(both, place):
-            found = part[part["score_bottom"].notna()]
-            if found.empty:
-                continue
-            model, lost = names["model"], len(found) < len(part)
-            effects.append(
-                Effect(
-                    (found["score"] - found["score_bottom"]).to_numpy(),
-                    expected=len(part), statement=f"The bottom costs more than {what}",
-                    problems=["a bottom cell of its units is missing"] if lost else [],
-                    model=model, kind=names["harm"], families=[model], evidence=evidence(model),
-                    more={
-                        "level": names["level"], "control": control,
-                        "same": int((found["key"] == found["key_bottom"]).sum()),
-                    },
-                )
-            )  # fmt: skip
-    names = [n for n in COLUMNS if n not in ("claim", "definition", "units", "margin")]
-    names[2:2], names[10:10] = ["level", "control"], ["same"]
-    return decide(effects, names)
+def beside_full(cells: pd.DataFrame) -> pd.DataFrame:
+    """Healed cells of every other recipe beside full fine-tuning of the same corrupted model:
+    columns `place`, in words, and `gain` = score - score of ``full``."""
+    chosen = cells[(cells["state"] == "healed") & (cells["part"] == "all")]
+    chosen = once(chosen, ["key", "side"])
+    same = [*_UNIT, *BUDGET, "start", "harm", "side", "level", "layers"]
+    full = chosen[chosen["recipe"] == "full"][[*same, "score"]]
+    both = chosen[chosen["recipe"] != "full"].merge(full, on=same, suffixes=("", "_full"))
+    both["place"] = [place_name(row) for _, row in both.iterrows()]
+    return both.assign(gain=both["score"] - both["score_full"])
 
 
-def worth(cells: pd.DataFrame) -> pd.DataFrame:
-    """Is a corrupted model worth more than none? healed - scratch, paired by task and seed: a row a
-    model, harm, side and level, with effect, interval and n (task, seed) units."""
-    chosen, unit = _plain(cells), ["model", "task", "seed"]
-    scratch = once(chosen[chosen["state"] == "scratch"])[[*unit, "score"]]
-    healed = _by_side(chosen[chosen["state"] == "healed"])
-    paired = healed.merge(scratch, on=unit, suffixes=("", "_scratch"))
-    paired = paired.assign(effect=paired["score"] - paired["score_scratch"])
-    return means(paired, ["model", "harm", "side", "level"], "effect")
-
-
-def league(cells: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
-    """Recipes against full fine-tuning of the same corrupted model, paired by task and seed: a row
-    a model, start, harm, side, level and recipe, sorted by gain.
-
-    `gain` = score - score of ``full`` over the n units; `size`, that mean over its standard
-    deviation; `units_needed` to show a gain or loss of that size beyond the margin with a power of
-    0.8, corrected for as many recipes. `verdict` is *better* or *worse* where the t-interval,
-    Bonferroni-corrected for the recipes compared there, lies beyond the margin, *same* within it.
-    """
-    chosen = cells[cells["usual"] & (cells["state"] == "healed") & (cells["part"] == "all")]
-    chosen, place, unit = _placed(once(chosen, ["key", "side"])), _PLACE, ["task", "seed"]
+def league(cells: pd.DataFrame) -> pd.DataFrame:
+    """Recipes against full fine-tuning of the same corrupted model at the same budget: a row a
+    model, start, budget, harm, place and recipe with `gain` and `retained`, sorted by gain; means
+    and t-intervals over the `n` seeds, each the mean over its tasks."""
+    chosen = beside_full(cells)
+    by = ["model", "start", "budget", "harm", "side", "level", "place", "recipe"]
     rows = []
-    for names, part in groups(chosen, place):
-        part = part.set_index(unit)
-        is_full = part["recipe"] == "full"
-        full, partners = part[is_full]["score"], part[~is_full]
-        others = partners["recipe"].nunique()
-        for recipe, scores in part.groupby("recipe", sort=False) if others and len(full) else ():
-            # `full` itself on the units on which it is a partner
-            both = scores.index.intersection(full.index if recipe != "full" else partners.index)
-            if both.empty:  # on none of the tasks that `full` healed
-                continue
-            gain = (scores.loc[both, "score"] - full.loc[both]).to_numpy()
-            beyond = np.abs(gain.mean()) - margin + gain - gain.mean()
-            alpha = 0.05 / (2 * others)
-            rows.append(
-                {
-                    **names, "recipe": recipe,
-                    **bounds("retained", scores.loc[both, "retained"].dropna()),
-                    **bounds("gain", gain), "n": len(gain), "size": _effect_size(gain),
-                    "units_needed": units_needed(max(_effect_size(beyond), 0.0), alpha=alpha),
-                    "verdict": ""
-                    if recipe == "full"
-                    else _compared(t_interval(gain, 1 - 2 * alpha), margin),
-                }
-            )  # fmt: skip
-    order = [True] * len(place) + [False]
+    for names, part in groups(chosen, by):
+        seeds = part.groupby("seed")[["gain", "retained"]].mean()
+        found = bounds("gain", seeds["gain"]) | bounds("retained", seeds["retained"].dropna())
+        rows.append({**names, **found, "n": len(seeds), "tasks": ", ".join(sorted(set(part.task)))})
     table = pd.DataFrame(rows)
+    order = [*by[:-1], "gain"]
     return (
-        table.sort_values([*place, "gain"], ascending=order, ignore_index=True) if rows else table
+        table.sort_values(order, ascending=[True] * 7 + [False], ignore_index=True)
+        if rows
+        else table
     )
-
-
-_PLACE = ["model", "start", "harm", "side", "level", "where"]
-
-
-def _placed(cells: pd.DataFrame) -> pd.DataFrame:
-    """With `where`: the layers in words where they were named, else empty."""
-    named = [
-        ", ".join(map(str, layers)) if side == "custom" else ""
-        for side, layers in zip(cells["side"], cells["layers"], strict=True)
-    ]
-    return cells.assign(where=named)
-
-
-def _effect_size(difference: np.ndarray) -> float:
-    """Mean over standard deviation of paired differences (Cohen's d_z)."""
-    if len(difference) < 2 or np.ptp(difference) == 0:
-        return math.nan
-    return float(difference.mean() / difference.std(ddof=1))
-
-
-def _compared(interval: Interval, margin: float) -> str:
-    if interval.low > margin:
-        return "better"
-    if interval.high < -margin:
-        return "worse"
-    return "same" if -margin <= interval.low and interval.high <= margin else "undecided"
 
 
 def deployed(cells: pd.DataFrame) -> pd.DataFrame:
     """The fault of a deployed model: intact, broken, healed from the fine-tuned and from the
-    pre-trained weights, a row a model, task, harm, side and level; means over the n seeds that have
-    all four."""
+    pre-trained weights, a row a model, task, harm and place; means over the n seeds that have all
+    four, and the `gain` of healing the deployed model."""
     chosen = cells[cells["usual"] & (cells["recipe"] == "full") & (cells["part"] == "all")]
-    chosen = _placed(chosen)
-    place = ["model", "task", "harm", "side", "level", "where"]
-    merged = None
-    for name, state, start in (
-        ("healed_deployed", "healed", "fine-tuned"),
-        ("healed", "healed", "pre-trained"),
-        ("broken", "broken", "pre-trained"),
-    ):
-        part = chosen[(chosen["state"] == state) & (chosen["start"] == start)]
-        part = once(part, ["key", "side"])[[*place, "seed", "intact", "score"]]
-        part = part.rename(columns={"score": name})
-        merged = part if merged is None else merged.merge(part, on=[*place, "seed", "intact"])
-    scores = ["intact", "broken", "healed_deployed", "healed"]
+    chosen = once(chosen, ["key", "side"])
+    chosen["place"] = [place_name(row) for _, row in chosen.iterrows()]
+    chosen["what"] = chosen["state"] + chosen["start"].map({"fine-tuned": "_deployed"}).fillna("")
+    place = ["model", "task", "harm", "side", "level", "place"]
+    wide = chosen.pivot_table(index=[*place, "seed", "intact"], columns="what", values="score")
+    wide = wide.reindex(columns=["broken", "healed_deployed", "healed"]).dropna().reset_index()
     rows = [
-        {**names, "n": len(part), **part[scores].mean(),
+        {**names, "n": len(part),
+         **part[["intact", "broken", "healed_deployed", "healed"]].mean(),
          **bounds("gain", part["healed_deployed"] - part["healed"])}
-        for names, part in groups(merged, place)
+        for names, part in groups(wide, place)
     ]  # fmt: skip
-    return pd.DataFrame(rows, columns=[*place, "n", *scores, "gain", "gain_low", "gain_high"])
+    return pd.DataFrame(rows)

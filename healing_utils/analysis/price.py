@@ -1,64 +1,79 @@
-"""What a cure costs: labelled examples, steps of training, and whether more of them would help.
+"""What a cure costs: time to heal in steps, labelled examples, and whether training was too short.
 
-The functions take the table of `harm.gather` or the learning curves of `results.load_curves`.
+The functions take the table of `harm.gather` and the learning curves of `results.load_curves`.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 
-from healing_utils.analysis.effects import Interval, as_fraction, bounds, groups, t_interval
-from healing_utils.analysis.harm import BUDGET, harm_name, once, spell_harms
+from healing_utils.analysis.claims import MARGIN
+from healing_utils.analysis.effects import Interval, bounds, groups, t_interval
+from healing_utils.analysis.harm import harm_name, once, place_name, spell_harms
 
 SETTING = ["model", "task", "state", "side", "level", "layers", "harm", "part", "start", "recipe"]
 SHARES = (0.9, 0.95, 0.99)  # of the intact score, whose price is asked
+_UNIT = ["model", "task", "seed"]
+_ALIKE = ["learning_rate", "head"]
+
+
+def by_examples(cells: pd.DataFrame) -> pd.DataFrame:
+    """The trained cells of settings that were trained on several numbers of examples; `intact` is
+    the score of the intact model with the most of them. Trainings are alike that have the same
+    epochs, or the same steps where more sizes share those."""
+    trained = once(cells[(cells["state"] != "broken") & (cells["side"] != "random")])
+    found = [trained.head(0)]
+    for _, part in groups(trained, ["model", "task", *_ALIKE]):
+        sweeps = [g for same in ("epochs", "steps") for _, g in part.groupby(same)]
+        sizes = [sweep["train_size"].nunique() for sweep in sweeps]
+        if max(sizes, default=0) > 1:
+            sweep = sweeps[int(np.argmax(sizes))]
+            most = sweep[sweep["state"] == "intact"].sort_values("train_size")
+            best = most.drop_duplicates(_UNIT, keep="last")[[*_UNIT, "score"]]
+            best = best.rename(columns={"score": "intact"})
+            found.append(sweep.drop(columns="intact").merge(best, on=_UNIT))
+    sized = pd.concat(found[1:] or found, ignore_index=True)
+    # Only the seeds that were trained on every size of their setting: sizes are compared.
+    own = sized.groupby([*SETTING, "seed"], dropna=False)["train_size"].transform("nunique")
+    return sized[own == sized.groupby(SETTING, dropna=False)["train_size"].transform("nunique")]
 
 
 def price(cells: pd.DataFrame) -> pd.DataFrame:
-    """Labelled examples needed to reach `SHARES` of the intact score, a row a setting and share.
-
-    Of each setting (state, side, level, harm, recipe, ...) that was trained on several numbers of
-    examples; see `_needed` for what `needed` says.
-    """
-    trained = once(cells[(cells["state"] != "broken") & (cells["side"] != "random")])
-    same = [name for name in BUDGET if name != "train_size"]
-    usual = trained[trained["usual"]][same].drop_duplicates()
-    trained = trained.merge(usual, on=same)  # only the examples differ
-    return _prices(trained.rename(columns={"train_size": "budget"}), least=2)
+    """Labelled examples needed to reach `SHARES` of what the intact model reaches with the most of
+    them: a row a setting of `by_examples` and share; see `_needed`."""
+    found = by_examples(cells).drop(columns="budget")
+    return _prices(found.rename(columns={"train_size": "budget"}), SETTING, 2)
 
 
-def price_in_steps(curves: pd.DataFrame) -> pd.DataFrame:
-    """Steps needed to reach `SHARES` of the intact score, by curves on held-out examples.
-
-    Of each setting its longest training at the usual rate counts; the intact score is the held-out
-    one at the end of the intact model's usual training. Recipes that warm up are left out, since
-    their curves begin after it, and so are random layers, which differ from seed to seed.
-    """
+def time_to_heal(curves: pd.DataFrame) -> pd.DataFrame:
+    """Steps needed to reach `SHARES` of the score that the intact model has at the end of the same
+    training, by the curves on held-out examples: a row a setting, length of training (`epochs`,
+    `train_size`) and share; see `_needed`. Recipes that warm up are left out, since their curves
+    begin after it, and so are random layers, which differ from seed to seed."""
     warm = curves["recipe"].isin(["mlm_warm_up", "distillation"])
     curves = curves[curves["score"].notna() & ~warm & (curves["side"] != "random")].copy()
     curves["harm"] = spell_harms(curves)
-    unit, same = ["model", "task", "seed"], ["learning_rate", "train_size", "head"]
-    main = curves[(curves["state"] == "intact") & (curves["scan"] == "main")]
-    ends = main.sort_values("step").groupby(unit, sort=False).tail(1)
-    ends = ends[[*unit, *same, "score"]].rename(columns={"score": "intact"})
-    curves = curves.merge(ends, on=[*unit, *same])
-    for longest in ("epochs", "evaluations"):  # and of these the finest
-        most = curves.groupby([*SETTING, "seed"], dropna=False)[longest].transform("max")
-        curves = curves[curves[longest] == most]
-    curves = once(curves, ["key", "step"])
-    return _prices(curves.rename(columns={"step": "budget"}), least=3)
+    same = [*_UNIT, *_ALIKE, "train_size", "epochs"]
+    ends = curves[curves["state"] == "intact"].sort_values(["evaluations", "step"])
+    ends = ends.drop_duplicates(same, keep="last")[[*same, "score"]]
+    curves = curves.merge(ends.rename(columns={"score": "intact"}), on=same)
+    by = [*SETTING, "train_size", "epochs", *_ALIKE]
+    finest = curves.groupby([*by, "seed"], dropna=False)["evaluations"].transform("max")
+    curves = once(curves[curves["evaluations"] == finest], ["key", "step"])
+    return _prices(curves.rename(columns={"step": "budget"}), by, 3)
 
 
-def _prices(table: pd.DataFrame, least: int) -> pd.DataFrame:
+def _prices(table: pd.DataFrame, by: list[str], least: int) -> pd.DataFrame:
     rows = [
         {**names, "share": share, **_needed(part, share)}
-        for names, part in groups(table, SETTING)
+        for names, part in groups(table, by)
         if part["budget"].nunique() >= least
         for share in SHARES
     ]
-    return pd.DataFrame(rows, columns=[*SETTING, "share", "needed", "from", "to", "largest", "n"])
+    return pd.DataFrame(rows, columns=[*by, "share", "needed", "from", "to", "largest", "n"])
 
 
 def _needed(part: pd.DataFrame, share: float) -> dict[str, object]:
@@ -97,8 +112,9 @@ def _needed(part: pd.DataFrame, share: float) -> dict[str, object]:
 
 
 def price_list(priced: pd.DataFrame) -> pd.DataFrame:
-    """`price` or `price_in_steps` for people: a row a setting, a column a share."""
-    wide = priced.pivot(index=SETTING, columns="share", values="needed").reset_index()
+    """`price` or `time_to_heal` for people: a row a setting, a column a share."""
+    by = list(priced.columns[: list(priced.columns).index("share")])
+    wide = priced.pivot(index=by, columns="share", values="needed").reset_index()
     wide = wide.rename(columns={share: f"{share:.0%}" for share in priced["share"].unique()})
     order = {"intact": 0, "healed": 1, "scratch": 2}
     wide = wide.sort_values(
@@ -107,8 +123,9 @@ def price_list(priced: pd.DataFrame) -> pd.DataFrame:
         ignore_index=True,
     )
     wide["what"] = [setting_name(row) for _, row in wide.iterrows()]
+    told = [name for name in ("train_size", "epochs") if name in wide and wide[name].nunique() > 1]
     shares = [name for name in wide if str(name).endswith("%")]
-    return wide[["model", "task", "what", *shares]].rename_axis(columns=None)
+    return wide[["model", "task", "what", *told, *shares]].rename_axis(columns=None)
 
 
 def setting_name(row: pd.Series) -> str:
@@ -116,9 +133,7 @@ def setting_name(row: pd.Series) -> str:
     if row["state"] != "healed":
         return str(row["state"])
     part = row["part"].replace("_", " ")
-    layers = ", ".join(map(str, row["layers"]))
-    where = f"layer {layers}" if row["side"] == "custom" else place_name(row)
-    words = [part if row["side"] == "none" else where, harm_name(row["harm"])]
+    words = [part if row["side"] == "none" else place_name(row), harm_name(row["harm"])]
     if part != "all" and row["side"] != "none":
         words.append(part)
     if row["start"] != "pre-trained":
@@ -128,79 +143,40 @@ def setting_name(row: pd.Series) -> str:
     return "healed: " + ", ".join(words)
 
 
-def place_name(row: pd.Series) -> str:
-    """Where layers were hit, in words: ``bottom 1/2``."""
-    if row.get("where"):
-        return f"layer {row['where']}"
-    return "all layers" if row["side"] == "all" else f"{row['side']} {as_fraction(row['level'])}"
+def censored(cells: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Which trainings ended before healing was over: a row a setting and length of training.
 
-
-def training_control(cells: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Would another learning rate or more steps have healed? A row a model, task, state and place.
-
-    `rate` is the one with the best mean held-out score at the end, among those tried on the same
-    seeds. `more` is how many times the usual steps the longest training had, `gained` its score
-    minus the usual one, paired; `rising` says that its held-out score still rose over its last
-    third, with the whole interval above zero.
-    """
+    `gained` is what the next longer training on the same examples added, paired by seed, and
+    `censored` says that it is more than the margin; where none is longer, `rise` of the last
+    quarter of the held-out curve speaks, if the whole interval is above zero. A censored cell says
+    something about speed, never about what can be recovered."""
     trained = once(cells[(cells["state"] != "broken") & (cells["side"] != "random")])
-    trained = trained[(trained["start"] == "pre-trained") & (trained["recipe"] == "full")]
-    trained = trained.merge(_ends(curves), on="key", how="left")
+    trained = trained.merge(_rises(curves), on="key", how="left")
     rows = []
-    for names, part in groups(trained, SETTING):
-        usual = part[part["usual"]]
-        if usual.empty:
-            continue
-        base = usual.iloc[0]
-        rate, size, epochs = (part[n] == base[n] for n in ("learning_rate", "train_size", "epochs"))
-        alike = (part["head"] == base["head"]) & size
-        rates, longer = part[alike & epochs], part[alike & rate & (part["epochs"] > base["epochs"])]
-        if rates["learning_rate"].nunique() > 1 or len(longer):
-            rows.append(names | _best_rate(rates) | _more_steps(usual, longer))
-    names = [
-        *SETTING, "rate", "rates", "n_rates", "score_at_rate", "usual_at_rate", "more", "n",
-        "usual", "score_at_more", "gained", "gained_low", "gained_high", "rising",
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=names)
+    for names, part in groups(trained, [*SETTING, *_ALIKE, "train_size"]):
+        lengths = [length for _, length in part.groupby("epochs")]
+        for length, longer in zip(lengths, [*lengths[1:], None], strict=True):
+            row = {**names, "epochs": length["epochs"].iloc[0], "steps": length["steps"].iloc[0]}
+            row |= bounds("score", length["score"]) | {"n": len(length)}
+            row |= bounds("rise", length["rise"].dropna())
+            row["censored"] = bool(row["rise_low"] > 0)
+            if longer is not None:
+                both = length.merge(longer, on="seed", suffixes=("", "_longer"))
+                row |= bounds("gained", both["score_longer"] - both["score"])
+                if len(both):
+                    row["censored"] = bool(row["gained"] > MARGIN)
+            rows.append(row)
+    ends = ("", "_low", "_high")
+    names = [f"{name}{end}" for name in ("score", "gained", "rise") for end in ends]
+    head = [*SETTING, *_ALIKE, "train_size", "epochs", "steps", "n"]
+    return pd.DataFrame(rows, columns=[*head, *names, "censored"])
 
 
-def _ends(curves: pd.DataFrame) -> pd.DataFrame:
-    """Held-out score at the end of each training, and how much of it came in the last third."""
-    rows = []
-    for names, part in groups(curves[curves["score"].notna()].sort_values("step"), ["key"]):
-        last = part.iloc[-1]
-        before = part[part["step"] <= last["step"] * 2 / 3]["score"]
-        rise = last["score"] - before.iloc[-1] if len(before) else math.nan
-        rows.append({**names, "held_out": last["score"], "rise": rise})
-    return pd.DataFrame(rows, columns=["key", "held_out", "rise"])
-
-
-def _best_rate(part: pd.DataFrame) -> dict[str, object]:
-    tried = part.groupby("seed")["learning_rate"].transform("nunique")
-    shared = part[tried == part["learning_rate"].nunique()]
-    held_out = shared.groupby("learning_rate")["held_out"].agg(lambda s: s.mean(skipna=False))
-    if len(held_out) < 2 or held_out.isna().all():  # a rate at which a seed diverged is not best
-        return {}
-    best = held_out.idxmax()
-    return {
-        "rate": best,
-        "rates": ", ".join(f"{rate:g}" for rate in held_out.index),
-        "n_rates": shared["seed"].nunique(),
-        "score_at_rate": shared[shared["learning_rate"] == best]["score"].mean(),
-        "usual_at_rate": shared[shared["usual"]]["score"].mean(),
-    }
-
-
-def _more_steps(usual: pd.DataFrame, longer: pd.DataFrame) -> dict[str, object]:
-    if longer.empty:
-        return {}
-    longest = longer[longer["epochs"] == longer["epochs"].max()]
-    paired = usual.merge(longest, on="seed", suffixes=("", "_longer"))
-    return {
-        "more": float(longest["epochs"].iloc[0] / usual["epochs"].iloc[0]),
-        "n": len(paired),
-        "usual": paired["score"].mean(),
-        "score_at_more": paired["score_longer"].mean(),
-        **bounds("gained", paired["score_longer"] - paired["score"]),
-        "rising": bool(t_interval(paired["rise_longer"].dropna()).low > 0),
-    }
+def _rises(curves: pd.DataFrame) -> pd.DataFrame:
+    """How much of the held-out score of each training came in its last quarter (half at most,
+    where it was looked at seldom; else it is not known)."""
+    known = curves[curves["score"].notna()].sort_values("step")
+    last = known.groupby("key")["step"].transform("max")
+    ends = known[known["step"] == last].set_index("key")["score"]
+    before = known[known["step"].between(0.5 * last, 0.75 * last)].groupby("key")["score"].last()
+    return (ends - before).rename("rise").rename_axis("key").reset_index()

@@ -25,8 +25,8 @@ _PROBED = ["model", "architecture", *_CELL[1:6], "layers", "n_layers", "seed", "
 _SCORES = [
     *_CELL, "layers", "n_layers", "start", "recipe", "seed", "metric", "score", "score_f1",
     "score_accuracy", "score_matthews", "score_spearman", "chance", "chance_f1", "chance_accuracy",
-    "test_size", "train_size", "epochs", "learning_rate", "evaluations", "head", "train_tokens",
-    "diverged", "seconds", "device", "precision", "threads", "versions", "key",
+    "test_size", "train_size", "epochs", "steps", "learning_rate", "evaluations", "head",
+    "train_tokens", "diverged", "seconds", "device", "precision", "threads", "versions", "key",
 ]  # fmt: skip
 COLUMNS = {
     **dict.fromkeys(TASK_STAGES, _SCORES),
@@ -64,7 +64,7 @@ def _scored(record: Record) -> list[Record]:
         row[name] = found[row["metric"]]
         row |= {f"{name}_{metric}": value for metric, value in found.items()}
     row |= {name: training["recipe"][name] for name in ("epochs", "learning_rate", "evaluations")}
-    row |= {name: result.get(name) for name in ("test_size", "train_size", "train_tokens")}
+    row |= {name: result.get(name) for name in ("test_size", "train_size", "steps", "train_tokens")}
     row |= {"head": training.get("head", "first"), "diverged": result.get("diverged", "")}
     return [row | {"precision": result.get("precision", "float32")}]  # scoring is in float32
 
@@ -114,16 +114,13 @@ def planned_records(folder: Path, stage: str) -> Iterator[Record]:
     """Records of the cells of the run's last plan of a stage (a folder may hold more), or all
     without a plan, called what the plan calls them: another run may have other names for them."""
     store, plan = Store(folder), _plan(folder, stage)
-    if stage in SCAN_STAGES:  # a plan alone: its records lie among those of the task stages
-        for entry in plan or ():
-            record = store.read(entry["stage"], entry["key"])
-            if record is not None:
-                yield {**record, "cell": record["cell"] | entry["cell"]}
+    if plan is None:  # the records of scans lie among those of the task stages
+        yield from () if stage in SCAN_STAGES else store.records(stage)
         return
-    cells = None if plan is None else {cell["key"]: cell.get("cell", {}) for cell in plan}
-    for record in store.records(stage):
-        if cells is None or record["key"] in cells:
-            record["cell"] |= cells[record["key"]] if cells else {}
+    for entry in plan:
+        record = store.read(entry.get("stage", stage), entry["key"])
+        if record is not None:
+            record["cell"] |= entry.get("cell", {})
             yield record
 
 
@@ -132,33 +129,15 @@ def has_stage(run: str | Path, stage: str) -> bool:
     return next(planned_records(run_folder(run), choose(stage, STAGES, "stage")), None) is not None
 
 
-def planned_grid(run: str | Path, stage: str, kind: str = "reinit") -> dict[str, list] | None:
-    """What the run's last plan of ``recovery`` or ``probing`` expects, the `grid` of the claims: a
-    verdict on what happens to be there would pass over what is missing. None without a plan."""
-    choose(stage, ("recovery", "probing"), "stage with claims")
-    plan = _plan(run_folder(run), stage)
-    if plan is None or not all("cell" in entry for entry in plan):
-        return None
-    cells = [entry["cell"] for entry in plan]
-    healed = [
-        c for c in cells
-        if c["state"] == "healed" and c["kind"] == kind and c["side"] in ("bottom", "top", "all")
-        and c["part"] == "all"
-    ]  # fmt: skip
-
-    def found(name: str, rows: list[Record]) -> list:
-        return sorted({row[name] for row in rows})
-
-    grid = {
-        "seeds": found("seed", healed or cells), "levels": found("level", healed),
-        "sides": [side for side in found("side", healed) if side != "all"],
-        "tasks": found("task", healed),
-    }  # fmt: skip
-    if stage == "probing":
-        grid["healed_tasks"] = grid["tasks"]
-        grid["tasks"] = found("task", [c for c in cells if c["state"] == "intact"])
-        grid["corpora"] = sorted({(c["corpus"], c["column"]) for c in cells})
-    return grid
+def missing_cells(run: str | Path, stage: str) -> list[str]:
+    """Names of the cells of the run's last plan of a stage that have no record: a verdict on what
+    happens to be there would pass over them."""
+    store = Store(run_folder(run))
+    return [
+        cell["name"]
+        for cell in _plan(store.run, stage) or ()
+        if store.read(cell.get("stage", stage), cell["key"]) is None
+    ]
 
 
 def load_results(run: str | Path, stage: str) -> pd.DataFrame:
@@ -175,14 +154,6 @@ def load_results(run: str | Path, stage: str) -> pd.DataFrame:
     frame = table(planned_records(folder, stage), stage)
     if frame.empty:
         raise HealingError(f"run {folder} has no records of stage {stage!r}: run that stage first")
-    if stage in SCAN_STAGES:  # their tables have no grid in which a gap would show
-        there = set(frame["key"])
-        lost = [cell for cell in _plan(folder, stage) if cell["key"] not in there]
-        if lost:
-            raise HealingError(
-                f"run {folder} lacks {len(lost)} planned cells of {stage!r}, the first is "
-                f"{lost[0]['name']}: run that stage again"
-            )
     return frame
 
 
@@ -298,11 +269,8 @@ def load_probed_scores(run: str | Path) -> pd.DataFrame:
             continue
         stage, key = cell["network"]
         scored = store.read(stage, key)
-        if scored is None:
-            raise HealingError(
-                f"run {store.run} lacks the score of the {cell['state']} model of task "
-                f"{cell['task']}, seed {cell['seed']}: run 04_linguistics again"
-            )
+        if scored is None:  # missing with its cell: the claims name it
+            continue
         # What the probing plan calls it: another run may have computed it under other names.
         scored["cell"] |= {n: cell[n] for n in ("model", "task", "side", "level", "kind")}
         found[key] = scored
@@ -311,16 +279,24 @@ def load_probed_scores(run: str | Path) -> pd.DataFrame:
     return table(found.values())
 
 
+def probed_steps(run: str | Path) -> dict[str, float]:
+    """For how many steps the network behind each cell of `probing` was trained, by the cell's key;
+    of those that were trained, scans' too."""
+    store = Store(run_folder(run))
+    steps = {}
+    for record in planned_records(store.run, "probing"):
+        network = record["cell"]["network"]
+        trained = store.read(*network) if network else None
+        if trained is not None and "steps" in trained["result"]:
+            steps[record["key"]] = float(trained["result"]["steps"])
+    return steps
+
+
 def write_tables(run: str | Path, tables: dict[str, pd.DataFrame]) -> None:
     """Each table as ``RUN/tables/NAME.csv``, for readers without Python."""
     for name, frame in tables.items():
         path = run_folder(run) / "tables" / f"{name}.csv"
         write_atomically(path, frame.to_csv(index=False, float_format="%.9g"))
-
-
-def architectures(probing: pd.DataFrame) -> dict[str, str]:
-    """Each model's architecture, from a table of the stage `probing`."""
-    return dict(zip(probing["model"], probing["architecture"], strict=True))
 
 
 def describe_origin(frame: pd.DataFrame) -> str:

@@ -1,7 +1,5 @@
 """Errors for people: what was wrong, where, what is allowed, the nearest right name."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 
@@ -11,17 +9,14 @@ class HealingError(ValueError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name closest to `name`, or None when nothing is close."""
     by_lower = {str(a).lower(): str(a) for a in allowed}
-    found = difflib.get_close_matches(str(name).lower(), list(by_lower), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
     return by_lower[found[0]] if found else None
 
 
 def choose(name: str, allowed: Iterable[str], what: str) -> str:
-    """Return `name` if it is allowed, else raise a HealingError that names the nearest one.
-
-    `what` says what is being chosen, for example ``"kind of corruption"``.
-    """
+    """Return `name` if it is allowed, else raise a HealingError that names the nearest one; `what`
+    says what is being chosen, for example ``"kind of corruption"``."""
     allowed = list(allowed)
     if name in allowed:
         return name

@@ -1,7 +1,5 @@
 """Where things lie. Writers and readers of a run's folder both ask here."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -13,14 +11,9 @@ def project_root() -> Path:
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder of a run: absolute, or below the project root.
-
-    With `HEALING_RUNS` set, ``data/runs/NAME`` lies in that folder instead: tests and shared
-    machines keep runs out of the checkout with it.
-    """
+    """The folder of a run: absolute, or below the project root; ``data/runs/NAME`` lies in the
+    folder `HEALING_RUNS` where that is set, as tests and shared machines do."""
     run = Path(run).expanduser()
-    if run.is_absolute():
-        return run
     elsewhere = os.environ.get("HEALING_RUNS")
     if elsewhere and run.parts[:2] == ("data", "runs"):
         return Path(elsewhere).expanduser().resolve().joinpath(*run.parts[2:])

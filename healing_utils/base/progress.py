@@ -1,15 +1,13 @@
 """Progress, visible in a terminal, in Jupyter and in a batch log, that leaves notebooks clean.
 
-Where it goes is decided by `HEALING_PROGRESS`. Unset: a Jupyter kernel updates one display in place
-and empties it when done, elsewhere it goes to standard error. ``terminal``: to the terminal that
-started the kernel (so that executed notebooks hold results and not bars). ``quiet``: nowhere.
+By `HEALING_PROGRESS`, unset: one display of a Jupyter kernel, emptied when done, or standard error;
+``terminal``: that which started the kernel, so that notebooks hold no bars; ``quiet``: nowhere.
 """
-
-from __future__ import annotations
 
 import os
 import sys
 import time
+from typing import Self
 
 from tqdm.std import tqdm
 
@@ -17,10 +15,7 @@ LOG_EVERY = 15.0  # seconds between lines in a batch log, where a bar cannot be 
 
 
 class Progress:
-    """A bar of `total` units: ``with Progress(12, "cells", unit="cell") as bar: bar.update(1)``.
-
-    `note` is short text shown after the numbers, for example the current score.
-    """
+    """A bar of `total` units: ``with Progress(12, "cells", unit="cell") as bar: bar.update(1)``."""
 
     def __init__(self, total: int, label: str, unit: str = "it"):
         self.total, self.label, self.unit = total, label, unit
@@ -32,7 +27,7 @@ class Progress:
         """Seconds between two looks, and what shows a text; "" at the end leaves nothing behind."""
         stream = sys.__stderr__ if mode == "terminal" else sys.stderr
         if mode == "quiet" or stream is None:
-            return float("inf"), lambda text: None
+            return float("inf"), str
         if type(stream).__module__.startswith("ipykernel"):  # Jupyter's and Colab's kernels
             from IPython.display import display
 
@@ -49,36 +44,30 @@ class Progress:
         return 0.1, redraw
 
     def _text(self) -> str:
-        elapsed, width = time.monotonic() - self.start, max(60, 77 - len(self.note))
-        meter = tqdm.format_meter(
-            self.done, self.total, elapsed, ncols=width, prefix=self.label, unit=self.unit
-        )
-        return f"{meter}  {self.note}".rstrip()
+        width, spent = max(60, 77 - len(self.note)), time.monotonic() - self.start
+        about = {"ncols": width, "prefix": self.label, "unit": self.unit}
+        return f"{tqdm.format_meter(self.done, self.total, spent, **about)}  {self.note}".rstrip()
 
     def update(self, n: int = 1, note: str | None = None) -> None:
+        """`n` units more; `note` is shown after the numbers, for example the current score."""
         self.done += n
         self.note = self.note if note is None else note
         if time.monotonic() - self.last > self._every:
             self.last = time.monotonic()
             self._show(self._text())
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if time.monotonic() - self.start > self._every:  # short work needs no line in a log
             self._show(self._text())
         self._show("")
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def duration(seconds: float) -> str:
     """``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,15 +1,10 @@
 """One record a cell: written whole or not at all, never computed twice, safe beside other runs.
 
-A run's folder may be a mounted drive where file locks mean nothing, so that nothing relies on them.
-A record is renamed into place and carries a checksum. A *claim* tells other runs which cell is
-being computed: a file created exclusively and kept fresh by a heartbeat. Should two runs hold the
-same claim after all, both compute the cell, and the second record replaces the first by its equal.
-
-filelock's SoftFileLease is no substitute: its empty file (a full disk, a drive that went away)
-blocks a cell for ever, and a claim's age counts only from when a contender began to watch it.
+A run's folder may be a mounted drive where file locks mean nothing, so that nothing relies on them
+(filelock's SoftFileLease would block a cell for ever where a full disk left its file empty). A
+*claim* tells other runs which cell is being computed: a file created exclusively and kept fresh by
+a heartbeat. Should two runs hold one after all, the second record replaces the first by its equal.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -57,15 +52,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.unlink()
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of that number runs on this machine."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where it is missing or cannot be read."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Store:
@@ -93,7 +86,7 @@ class Store:
         """The record, or None where there is none. A corrupt one is set aside, which is said."""
         path = self.path(stage, key)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text("utf-8"))
             checksum = record.pop("checksum")
             if record["key"] != key or digest(record) != checksum:
                 raise ValueError("its checksum does not match")
@@ -106,10 +99,7 @@ class Store:
             aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
             with contextlib.suppress(FileNotFoundError):  # another run was quicker
                 os.replace(path, aside)
-            print(
-                f"record {path} is corrupt ({error}); set aside as {aside.name}, computed again",
-                file=sys.stderr,
-            )
+            print(f"record {path} is corrupt ({error}); set aside as {aside.name}", file=sys.stderr)
             return None
 
     def records(self, stage: str) -> Iterator[dict[str, Any]]:
@@ -119,8 +109,7 @@ class Store:
 
     def sweep(self) -> None:
         """Remove what a killed run left: claims, and temporary files too old to be another's."""
-        claims = (self.run / "claims").glob("*.json")
-        for path in [*self.run.rglob(".*.tmp"), *claims]:
+        for path in [*self.run.rglob(".*.tmp"), *(self.run / "claims").glob("*.json")]:
             with contextlib.suppress(OSError):
                 if path.suffix == ".json":
                     self.claimed_by_other(path.stem)  # removes it where its run is gone
@@ -129,46 +118,47 @@ class Store:
 
     def claimed_by_other(self, key: str) -> str | None:
         """Who is computing the cell, or None. A claim whose run is gone is removed."""
-        path = self.claim_path(key)
+        path, owner, gone = self.claim_path(key), "unknown", False
         try:
-            age = time.time() - path.stat().st_mtime
+            gone = time.time() - path.stat().st_mtime > STALE
             owner = json.loads(path.read_text())["owner"]
             host, pid, _ = owner.split(":")
-            gone = host == socket.gethostname() and not alive(int(pid))
+            if host == socket.gethostname():
+                os.kill(int(pid), 0)  # only asks whether it is there
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            owner, gone = "unknown", False  # cut off, or still being written
-        if owner == self.owner:
-            return None
-        if gone or age > STALE:
+        except ProcessLookupError:
+            gone = True
+        except (PermissionError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # a process of somebody else's; a claim cut off, or still being written
+        if gone and owner != self.owner:
             path.unlink(missing_ok=True)
-            return None
-        return owner
+        return None if gone or owner == self.owner else owner
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Claim a cell for the block; yields False where another run has it.
-
-        Another run may have finished the cell between our look and our claim: look again for the
-        record before computing.
-        """
-        path = self.claim_path(key)
-        stop = threading.Event()
+        """Claim a cell for the block; yields False where another run has it. One may have finished
+        it between our look and our claim: look again for the record before computing."""
+        path, mine, stop = self.claim_path(key), False, threading.Event()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.claimed_by_other(key):
+                with contextlib.suppress(FileExistsError), open(path, "x") as file:
+                    mine = True
+                    file.write(json.dumps({"owner": self.owner, "since": time.time()}))
+        except OSError as error:
+            if mine:  # a full disk: an empty claim would hold up every run until it is stale
+                path.unlink(missing_ok=True)
+            raise HealingError(f"cannot claim {path}: {error.strerror or error}") from error
+        if not mine:
+            yield False
+            return
 
         def beat() -> None:
             while not stop.wait(BEAT):
                 with contextlib.suppress(OSError):
                     os.utime(path)
 
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            mine = not self.claimed_by_other(key) and self._create(path)
-        except OSError as error:
-            raise HealingError(f"cannot claim {path}: {error.strerror or error}") from error
-        if not mine:
-            yield False
-            return
         heart = threading.Thread(target=beat, daemon=True)
         heart.start()
         try:
@@ -178,15 +168,3 @@ class Store:
             heart.join()
             with contextlib.suppress(OSError):  # it goes stale without a heartbeat
                 path.unlink()
-
-    def _create(self, path: Path) -> bool:
-        """Create a claim's file; False where another run was quicker."""
-        try:
-            with open(path, "x") as file:
-                file.write(json.dumps({"owner": self.owner, "since": time.time()}))
-        except FileExistsError:
-            return False
-        except OSError:  # a full disk: an empty claim would hold up every run until it is stale
-            path.unlink(missing_ok=True)
-            raise
-        return True

@@ -36,7 +36,6 @@ class Encoded:
 
     @property
     def tokens(self) -> int:
-        """Non-padding tokens in all examples."""
         return int(self.lengths.sum())
 
 
@@ -46,9 +45,7 @@ def encode(
 ) -> Encoded:  # fmt: skip
     """Tokenise sentences, or pairs of sentences, without padding; long ones are cut and counted."""
     if len(texts) != len(labels) or not len(texts):
-        raise HealingError(
-            f"got {len(texts)} texts and {len(labels)} labels: need as many, above 0"
-        )
+        raise HealingError(f"got {len(texts)} texts and {len(labels)} labels: need as many")
     if tokenizer.pad_token_id is None:
         raise HealingError(f"tokenizer of {tokenizer.name_or_path!r} has no padding token")
     columns = [texts] if isinstance(texts[0], str) else zip(*texts, strict=True)
@@ -64,18 +61,14 @@ def encode(
 
 
 def as_encoded(data: Any, model: nn.Module, tokenizer: Any, max_length: int) -> Encoded:
-    """Accept what `encode` made, an object with `texts` and `labels`, or `text`/`label` columns.
-    Raises HealingError where an example is longer than what the model reads."""
+    """Of what `encode` made or columns `text` and `label`; HealingError where an example is longer
+    than what the model reads."""
     if not isinstance(data, Encoded):
-        texts, labels = getattr(data, "texts", None), getattr(data, "labels", None)
-        if texts is None or labels is None:
-            try:
-                texts, labels = list(data["text"]), list(data["label"])
-            except (KeyError, TypeError, IndexError) as error:
-                raise HealingError(
-                    f"cannot train on {type(data).__name__}: need texts and labels, or columns "
-                    "'text' and 'label', or what healing_utils.healing.training.encode returns"
-                ) from error
+        try:
+            texts, labels = list(data["text"]), list(data["label"])
+        except (KeyError, TypeError, IndexError) as error:
+            kind = type(data).__name__
+            raise HealingError(f"{kind} has no columns 'text' and 'label'") from error
         if tokenizer is None:
             from transformers import AutoTokenizer
 
@@ -111,10 +104,8 @@ def collate(data: Encoded, rows: np.ndarray, device: torch.device) -> dict[str, 
     def table(lists: list[list[int]], fill: int) -> torch.Tensor:
         out = np.full((len(lists), longest), fill, dtype=np.int64)
         for row, values in zip(out, lists, strict=True):
-            if side == "left":
-                row[longest - len(values) :] = values
-            else:
-                row[: len(values)] = values
+            start = longest - len(values) if side == "left" else 0
+            row[start : start + len(values)] = values
         return torch.from_numpy(out).to(device, non_blocking=True)
 
     batch = {"input_ids": table(ids, pad_id)}
@@ -126,8 +117,8 @@ def collate(data: Encoded, rows: np.ndarray, device: torch.device) -> dict[str, 
 
 
 def batches_of(lengths: np.ndarray, epochs: float, batch_size: int, seed: int) -> list[np.ndarray]:
-    """The example indices of every step of a training, given the tokens of every example: shuffled,
-    but within a bucket of batches lengths are alike."""
+    """The example indices of every step: shuffled, but within a bucket of batches lengths are
+    alike."""
     steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
     rng, found = np.random.default_rng(seed), []
     while len(found) < steps:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,58 +15,47 @@ from torch import nn
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
-from healing_utils.healing.encoders import layer_parameters, outer_parts
+from healing_utils.healing.encoders import pieces
+from healing_utils.healing.training import seeded
 
 HEADS = ("first", "mean")
-# What is loaded of a model's folder; weights come in one file, or in parts with an index.
+# Weights come in one file, or in parts with an index.
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
              "vocab.json", "merges.txt", "*.model")  # fmt: skip
-
-# Where models lie on this machine, by the names that the study gives them, if that is elsewhere: on
-# a cluster's workers. Whoever changes it calls `forget`.
-FOLDERS: dict[str, str] = {}
-
-
-def resolve(model: str) -> str:
-    """The name or folder that transformers loads: ``organism`` is the shipped one."""
-    if model in FOLDERS:
-        return FOLDERS[model]
-    return str(organism.folder()) if model == "organism" else model
 
 
 @contextlib.contextmanager
 def _explained(model: str) -> Iterator[None]:
     """Loading without reports and bars; failures as one line."""
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging
 
-    transformers_logging.disable_progress_bar()
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # "newly initialised: classifier" is what we want here
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # "newly initialised: classifier" is what we want here
     try:
         yield
     except Exception as error:  # safetensors, tokenizers and transformers each have their own
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HealingError(f"cannot load model {model!r}: {cause}") from error
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
 
 
 @lru_cache(maxsize=8)
 def model_folder(model: str, revision: str | None = None) -> Path:
     """The folder that config, weights and tokenizer are loaded from; of a hub model it is the
     cache's, filled where a file is missing, and the same for as long as the process lives."""
-    place = resolve(model)
-    if Path(place).is_dir():
-        return Path(place)
+    place = organism.folder() if model == "organism" else Path(model)
+    if place.is_dir():
+        return place
     from huggingface_hub import snapshot_download
     from transformers.utils import cached_file
 
     with _explained(model):
-        config = cached_file(place, "config.json", revision=revision)  # explains what is not there
+        config = cached_file(model, "config.json", revision=revision)  # explains what is not there
         wanted = ["config.json", *WEIGHTS, *TOKENIZER]
-        snapshot_download(place, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")
+        snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")
         return Path(config).parent
 
 
@@ -95,26 +83,18 @@ class MeanPooled(nn.Module):
         super().__init__()
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None
-        self.encoder, self.config = encoder, config
+        self.encoder = encoder
         rates = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout")
         found = (getattr(config, name, None) for name in rates)
         self.dropout = nn.Dropout(next((rate for rate in found if rate is not None), 0.1))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-        self.name_or_path = encoder.name_or_path
-
-    @property
-    def base_model(self) -> nn.Module:
-        return self.encoder
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.get_input_embeddings()
-
-    def set_input_embeddings(self, table: nn.Module) -> None:
-        self.encoder.set_input_embeddings(table)
-
-    def get_output_embeddings(self) -> None:
-        return None
+    def __getattr__(self, name: str) -> Any:
+        """What it has not is the encoder's: the embeddings, the configuration, the initialiser."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("encoder"), name)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **given: Any) -> Any:
         from transformers.modeling_outputs import SequenceClassifierOutput
@@ -137,59 +117,83 @@ def load_classifier(
     """The encoder with a new classification head, in float32 on the CPU.
 
     The head, and a pooler that the checkpoint lacks, are drawn from `seed`, whatever head a
-    checkpoint brings, so intact and healed models of one seed start with the same one. `head` is
-    the architecture's own, which reads the ``first`` token in most, or the ``mean`` (`MeanPooled`).
-    With `scratch`, every parameter has its random initial value. Only safetensors are read. Raises
-    HealingError where it cannot be read, and where tensors of the encoder are missing, of another
-    shape, or of layers too many."""
-    return _load(model, num_labels, seed, revision, scratch, regression, head)[0]
+    checkpoint brings: the architecture's own, which reads the ``first`` token in most, or the
+    ``mean`` (`MeanPooled`). With `scratch`, every parameter has its random initial value. Raises
+    HealingError where the encoder cannot be read, or lacks tensors, has some of another shape, or
+    layers too many."""
+    choose(head, HEADS, "head")
+    problem = "regression" if regression else "single_label_classification"
+    given = {"num_labels": num_labels, "problem_type": problem}
+    classifier, drawn = _read(model, revision, seed, scratch, **given)[:2]
+    if scratch and head == "first":
+        return classifier
+    with seeded(seed):
+        if head == "mean":
+            pooled = MeanPooled(classifier.base_model, classifier.config)
+            _draw(classifier, pooled.classifier)
+            return pooled
+        prefix = f"{classifier.base_model_prefix}."
+        for path, module in classifier.named_modules():
+            names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            if any(name in drawn or not name.startswith(prefix) for name in names):
+                _draw(classifier, module)
+    return classifier
 
 
 @lru_cache(maxsize=8)
 def loaded(model: str, revision: str | None = None) -> dict[str, list[str]]:
     """Names of a checkpoint's tensors that are ``passed_over`` (heads of its pre-training, a pooler
     that is not used), and those of the encoder's pooler that are ``drawn``, as it lacks them."""
-    return _load(model, 2, 0, revision, False, False, "first")[1]
+    _, drawn, passed = _read(model, revision, 0, False)
+    return {"passed_over": passed, "drawn": drawn}
 
 
-def _load(
-    model: str, num_labels: int, seed: int, revision: str | None, scratch: bool, regression: bool,
-    head: str,
-) -> tuple[nn.Module, dict[str, list[str]]]:  # fmt: skip
+def _read(
+    model: str, revision: str | None, seed: int, scratch: bool, **given: Any
+) -> tuple[nn.Module, list[str], list[str]]:
+    """The classifier as transformers makes it, and what `loaded` names."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    choose(head, HEADS, "head")
-    folder, what = model_folder(model, revision), AutoModelForSequenceClassification
-    problem = "regression" if regression else "single_label_classification"
-    given: dict[str, Any] = {"num_labels": num_labels, "problem_type": problem}
-    found: dict[str, list[str]] = {"passed_over": [], "drawn": []}
-    with _explained(model), torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every GPU too
+    folder = model_folder(model, revision)
+    with _explained(model), seeded(seed):
         if scratch:
             config = AutoConfig.from_pretrained(folder, **given)
             config.dtype = torch.float32
-            classifier = what.from_config(config)
-        else:
-            # Checkpoints in half precision would be trained in it; sizes are told apart below.
-            given |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-            given |= {"use_safetensors": True, "output_loading_info": True}
-            classifier, said = what.from_pretrained(folder, **given)
-    if not scratch:
-        found = _check_loaded(model, classifier, said)
-    elif head == "first":
-        return classifier, found
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
-        if head == "mean":
-            pooled = MeanPooled(classifier.base_model, classifier.config)
-            _draw(classifier, pooled.classifier)
-            return pooled, found
-        prefix, drawn = f"{classifier.base_model_prefix}.", found["drawn"]
-        for path, module in classifier.named_modules():
-            names = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-            if any(name in drawn or not name.startswith(prefix) for name in names):
-                _draw(classifier, module)
-    return classifier, found
+            return AutoModelForSequenceClassification.from_config(config), [], []
+        # Checkpoints in half precision would be trained in it; sizes are told apart below.
+        classifier, said = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
+            output_loading_info=True, **given,
+        )  # fmt: skip
+    names = {p: name for name, p in classifier.named_parameters()}
+    poolers = {names[piece.parameter] for piece in pieces(classifier, "pooler")}
+    prefix = f"{classifier.base_model_prefix}."
+    lost = {name: f"{name} is missing" for name in said["missing_keys"]}
+    for name, there, wanted in said["mismatched_keys"]:
+        lost[name] = f"{name} is {tuple(there)} and not {tuple(wanted)}"
+    shown = [lost[name] for name in sorted(lost) if name.startswith(prefix) and name not in poolers]
+    if shown:
+        raise HealingError(
+            f"cannot load model {model!r}: its file does not hold the encoder that its "
+            f"configuration describes: {_some(shown, 3)}"
+        )
+    layers = pieces(classifier)
+    stack = names[layers[0].parameter].removeprefix(prefix).split(".0.")[0]
+    numbered = re.compile(rf"({re.escape(prefix)})?{re.escape(stack)}\.(\d+)\.")
+    passed = sorted(said["unexpected_keys"])
+    found = [(name, numbered.match(name)) for name in passed]
+    beyond = [name for name, match in found if match and int(match[2]) > layers[-1].layer]
+    if beyond:
+        raise HealingError(
+            f"cannot load model {model!r}: its file holds {_some(beyond, 1)}, for which its "
+            "configuration has no layer"
+        )
+    return classifier, sorted(poolers & lost.keys()), passed
+
+
+def _some(listed: list[str], count: int) -> str:
+    more = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more
 
 
 def _draw(classifier: nn.Module, module: nn.Module) -> None:
@@ -199,44 +203,8 @@ def _draw(classifier: nn.Module, module: nn.Module) -> None:
         setattr(module, name, nn.Parameter(torch.full_like(parameter, torch.nan)))
     classifier._init_weights(module)
     if any(parameter.isnan().any() for parameter in module.parameters(recurse=False)):
-        raise HealingError(
-            f"the initialiser of {type(classifier).__name__} leaves the weights of its "
-            f"{type(module).__name__} alone: its head cannot be drawn"
-        )
-
-
-def _check_loaded(model: str, classifier: nn.Module, said: dict[str, Any]) -> dict[str, list[str]]:
-    """What `loaded` returns; raises HealingError where the encoder is not whole."""
-    parameters = {id(p): name for name, p in classifier.named_parameters()}
-    poolers = set()
-    with contextlib.suppress(HealingError):
-        found = outer_parts(classifier, "pooler")
-        poolers = {parameters[id(p)] for _, module, _ in found for p in module.parameters()}
-    prefix = f"{classifier.base_model_prefix}."
-    lost = {name: f"{name} is missing" for name in said["missing_keys"]}
-    for name, there, wanted in said["mismatched_keys"]:
-        lost[name] = f"{name} is {tuple(there)} and not {tuple(wanted)}"
-    shown = [lost[name] for name in sorted(lost) if name.startswith(prefix) and name not in poolers]
-    if shown:
-        raise HealingError(
-            f"cannot load model {model!r}: its file does not hold the encoder that its "
-            f"configuration describes: {', '.join(shown[:3])}"
-            + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
-        )
-    layers = layer_parameters(classifier)
-    first = parameters[id(next(iter(layers.values())))]
-    stack = first.removeprefix(prefix).split(".0.")[0]
-    numbered = re.compile(rf"({re.escape(prefix)})?{re.escape(stack)}\.(\d+)\.")
-    passed = sorted(said["unexpected_keys"])
-    known = {name.split(".")[1] for name in layers}
-    beyond = [name for name in passed if (m := numbered.match(name)) and m[2] not in known]
-    if beyond:
-        raise HealingError(
-            f"cannot load model {model!r}: its file holds {beyond[0]}"
-            + (f" and {len(beyond) - 1} more" if len(beyond) > 1 else "")
-            + ", for which its configuration has no layer"
-        )
-    return {"passed_over": passed, "drawn": sorted(poolers & lost.keys())}
+        kind = type(module).__name__
+        raise HealingError(f"{type(classifier).__name__} does not draw its head's {kind}")
 
 
 @lru_cache(maxsize=8)
@@ -249,11 +217,10 @@ def identity(model: str, revision: str | None = None) -> str:
     if not weights[0].exists():
         weights = [*sorted(folder.glob(parts)), folder / index]
     tokenizer = sorted(file for pattern in TOKENIZER for file in folder.glob(pattern))
-    for file in [folder / "config.json", *weights, *tokenizer]:
-        if file.is_file():
-            with open(file, "rb") as opened:
-                content = hashlib.file_digest(opened, "sha256")
-            hashed.update(f"{file.name} {content.hexdigest()}\n".encode())
+    for file in filter(Path.is_file, [folder / "config.json", *weights, *tokenizer]):
+        with open(file, "rb") as opened:
+            content = hashlib.file_digest(opened, "sha256")
+        hashed.update(f"{file.name} {content.hexdigest()}\n".encode())
     return f"sha256:{hashed.hexdigest()[:20]}"
 
 

@@ -1,22 +1,18 @@
 """Shortcuts of a training step: less arithmetic, the same loss and the same gradients.
 
-- `quick_dropout`: dropout's random numbers on a CPU, some ten times as fast as torch's;
-- `first_token_layers`: a classifier that reads only the first token's state needs the last layer
-  for that token alone (an encoder of six layers then computes a sixth less);
-- `LowWeights`: in bfloat16, weights cast once a step instead of at every use;
-- `cut_embeddings`: only the rows of the embedding table that the task's ids use;
-- `own_memory`, `keep_freed_memory`: aligned weights, and no fresh pages at every step.
-
-Each but the last two is taken back when its block ends; what cannot take one goes on without it.
+Each but `own_memory` and `keep_freed_memory` is taken back when its block ends; what cannot take
+one goes on without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +24,9 @@ STEPS_OF_16_BITS = 1 << 16
 
 
 def dropout(x: Tensor, p: float, training: bool = True, residual: Tensor | None = None) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014), drawn 16 bits a value from torch's generator, and
-    added to `residual` in the same pass; on a GPU torch's own. `p` is rounded to a multiple of
-    2^-16, and the scale of what is kept is exactly 1 / (1 - that)."""
+    """Inverted dropout (Srivastava et al. 2014), added to `residual` in the same pass; on a GPU
+    torch's own. Drawn 16 bits a value, some ten times as fast as torch's: `p` is rounded to a
+    multiple of 2^-16, and the scale of what is kept is exactly 1 / (1 - that)."""
     if not training or p == 0 or x.device.type != "cpu":
         out = F.dropout(x, p, training)
         return out if residual is None else residual + out
@@ -46,43 +42,33 @@ def dropout(x: Tensor, p: float, training: bool = True, residual: Tensor | None 
 
 
 @contextlib.contextmanager
-def quick_dropout(model: nn.Module) -> Iterator[None]:
-    """Every `nn.Dropout` of the model draws through `dropout`."""
-    modules = [m for m in model.modules() if type(m) is nn.Dropout]
-    for module in modules:
-        module.forward = lambda x, m=module: dropout(x, m.p, m.training)
+def _computing(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Inside the block the modules compute these functions."""
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        _restore(modules)
+        for module in forwards:
+            module.__dict__.pop("forward", None)
 
 
-def _restore(modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        module.__dict__.pop("forward", None)
+def quick_dropout(model: nn.Module) -> AbstractContextManager[None]:
+    """Every `nn.Dropout` of the model draws through `dropout`."""
+    modules = [m for m in model.modules() if type(m) is nn.Dropout]
+    return _computing({m: lambda x, m=m: dropout(x, m.p, m.training) for m in modules})
 
 
-class _Layer(NamedTuple):
-    """The modules of a post-LayerNorm encoder layer (Devlin et al. 2019), whatever their names."""
-
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    attention_dropout: nn.Dropout
-    attention_output: nn.Linear
-    attention_norm: nn.LayerNorm
-    inner: nn.Linear
-    activation: Callable[[Tensor], Tensor]
-    output: nn.Linear
-    output_dropout: nn.Dropout
-    output_norm: nn.LayerNorm
-    heads: int
-    attention_output_dropout: nn.Dropout | None = None  # DistilBERT has none
-
-
+# The modules of a post-LayerNorm encoder layer (Devlin et al. 2019), whatever their names.
+_Layer = namedtuple(
+    "_Layer",
+    "query key value attention_dropout attention_output attention_norm inner activation output "
+    "output_dropout output_norm heads attention_output_dropout",
+    defaults=[nn.Dropout(0.0)],  # DistilBERT has none
+)
 _INNER = "intermediate.dense intermediate.intermediate_act_fn"
 _OUTPUT = "output.dense output.dropout output.LayerNorm"
-# What the fields of `_Layer` are called in BERT, RoBERTa and ELECTRA; in MPNet; in DistilBERT.
+# What its fields are called in BERT, RoBERTa and ELECTRA; in MPNet; in DistilBERT.
 _NAMES = (
     "attention.self.query attention.self.key attention.self.value attention.self.dropout "
     f"attention.output.dense attention.output.LayerNorm {_INNER} {_OUTPUT} "
@@ -96,8 +82,8 @@ _NAMES = (
 
 
 def _read(layer: nn.Module) -> _Layer:
-    """The layer's modules. Raises TypeError where they are not understood, or a product is not a
-    plain one: an adapter around it starts at zero and would pass every comparison below."""
+    """Raises TypeError where the layer is not understood, or a product is not a plain one: an
+    adapter around it starts at zero and would pass every comparison below."""
     for names in _NAMES:
         with contextlib.suppress(AttributeError):
             read = _Layer(*attrgetter(*names.split())(layer))
@@ -110,9 +96,9 @@ def _read(layer: nn.Module) -> _Layer:
 def _first_token(layer: _Layer, x: Tensor, mask: Tensor | None, training: bool) -> Tensor:
     """The layer's output for the first token, (batch, 1, hidden), of x (batch, length, hidden).
 
-    One query a sequence: instead of keys and values of every token, each head's query goes back
-    through the key matrix, and the value matrix is applied to the weighted sum of the states. The
-    key's bias adds the same to every weight's logit, so softmax drops it."""
+    Instead of keys and values of every token, each head's one query goes back through the key
+    matrix, and the value matrix is applied to the weighted sum of the states. The key's bias adds
+    the same to every weight's logit, so softmax drops it."""
     batch, heads = x.shape[0], layer.heads
     first = x[:, :1]  # (batch, 1, hidden)
     size = layer.query.out_features // heads
@@ -132,10 +118,8 @@ def _first_token(layer: _Layer, x: Tensor, mask: Tensor | None, training: bool) 
 def _all_tokens(layer: _Layer, x: Tensor, mask: Tensor | None, training: bool) -> Tensor:
     """The layer's output, (batch, length, hidden)."""
     batch, length, _ = x.shape
-    projections = (layer.query, layer.key, layer.value)
-    joined = F.linear(  # one product instead of three
-        x, torch.cat([m.weight for m in projections]), torch.cat([m.bias for m in projections])
-    )
+    weight, bias = (torch.cat([getattr(m, n) for m in layer[:3]]) for n in ("weight", "bias"))
+    joined = F.linear(x, weight, bias)  # one product instead of three
     by_head = joined.view(batch, length, 3, layer.heads, -1).permute(2, 0, 3, 1, 4).contiguous()
     query, key, value = by_head.unbind()  # each (batch, heads, length, size)
     if x.device.type == "cpu":  # what torch's kernels call `math`, with our dropout
@@ -159,11 +143,10 @@ def _weights(layer: _Layer, logits: Tensor, mask: Tensor | None, training: bool)
 
 def _after_attention(layer: _Layer, x: Tensor, context: Tensor, training: bool) -> Tensor:
     """The layer's output from its input `x` and what attention gathered for the same tokens."""
-    p = 0.0 if layer.attention_output_dropout is None else layer.attention_output_dropout.p
-    hidden = layer.attention_norm(dropout(layer.attention_output(context), p, training, x))
+    first, second = layer.attention_output_dropout.p, layer.output_dropout.p
+    hidden = layer.attention_norm(dropout(layer.attention_output(context), first, training, x))
     inner = layer.activation(layer.inner(hidden))
-    p = layer.output_dropout.p
-    return layer.output_norm(dropout(layer.output(inner), p, training, hidden))
+    return layer.output_norm(dropout(layer.output(inner), second, training, hidden))
 
 
 @contextlib.contextmanager
@@ -173,7 +156,7 @@ def first_token_layers(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[s
     Nothing is assumed about the model's class: the states and gradients of `batch` (padded, a few
     examples) say whether the layers are understood, and whether the head reads any other token.
     Yields what is computed so: ``first token``, ``all tokens`` or ``nothing``."""
-    found, modules, training = "nothing", [], model.training
+    found, chosen, training = "nothing", {}, model.training
     model.eval()
     # Whatever goes wrong with a shortcut: what is as it was is always right.
     with contextlib.suppress(Exception):
@@ -181,22 +164,20 @@ def first_token_layers(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[s
         read = list(map(_read, modules))
         wanted, first, tupled = _states(model, modules, batch)
         for name in ["first token", "all tokens"] if first else ["all tokens"]:
-            last = _first_token if name == "first token" else _all_tokens
-            for module, layer in zip(modules, read, strict=True):
-                compute = last if module is modules[-1] else _all_tokens
-                module.forward = _forward(module, layer, compute, tupled)
-            with contextlib.suppress(Exception):
+            computed = [_all_tokens] * len(read)
+            if name == "first token":
+                computed[-1] = _first_token
+            how = zip(modules, read, computed, strict=True)
+            forwards = {module: _forward(module, *given, tupled) for module, *given in how}
+            with contextlib.suppress(Exception), _computing(forwards):
                 pairs = zip(_states(model, modules, batch)[0], wanted, strict=True)
                 # Up to rounding, over the tokens that were computed.
                 if all(torch.allclose(a, b[:, : a.shape[1]], 1e-3, 1e-4) for a, b in pairs):
-                    found = name
+                    found, chosen = name, forwards
                     break
-            _restore(modules)
     model.train(training)
-    try:
+    with _computing(chosen):
         yield found
-    finally:
-        _restore(modules)
 
 
 def _forward(module: nn.Module, layer: _Layer, compute: Callable, tupled: bool) -> Callable:
@@ -222,14 +203,11 @@ def _states(
     """Every layer's output, whether the logits depend on the last one's first token alone, and
     whether the layers answer in tuples of one."""
     outputs: list[Any] = []
-    hooks = [m.register_forward_hook(lambda _, __, out: outputs.append(out)) for m in modules]
-    try:
-        with torch.enable_grad():
-            logits = model(**batch).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tupled = isinstance(outputs[0], tuple)
+    with torch.enable_grad(), contextlib.ExitStack() as hooks:
+        for module in modules:
+            hook = module.register_forward_hook(lambda _, __, out: outputs.append(out))
+            hooks.enter_context(hook)
+        logits = model(**batch).logits
     states = [out[0] if isinstance(out, tuple) and len(out) == 1 else out for out in outputs]
     if not all(isinstance(one, Tensor) and one.ndim == 3 for one in states):
         raise TypeError("a layer's output is not (batch, length, hidden)")
@@ -237,106 +215,83 @@ def _states(
     if states[-1].requires_grad:  # else all is frozen up to here, and the head stays unknown
         (gradient,) = torch.autograd.grad(logits.float().square().sum(), states[-1])
         first = bool(gradient[:, 0].any()) and not bool(gradient[:, 1:].any())
-    return [one.detach() for one in states], first, tupled
+    return [one.detach() for one in states], first, isinstance(outputs[0], tuple)
 
 
 class LowWeights:
-    """Weights of the model's products in the precision that autocast computes them in.
+    """Weights cast once a step, where autocast casts one whenever it is used.
 
-    Autocast casts a weight whenever it is used, and its gradient back. Inside this block the
-    modules hold parameters in `dtype`, cast once a step; the optimizer goes on with float32 ones,
-    and gets the same gradients. Takes plain `nn.Linear` layers, whose products are all that reads
-    their weights; none where `dtype` is None. Of these weights, those of one of the optimizer's
-    `groups` lie side by side in one block, which takes their places there: casts, norm and step are
-    then one call for all. A weight that gets no gradient in a step decays with its block."""
+    Inside this block plain `nn.Linear` layers, whose products are all that reads their weights,
+    hold parameters in `dtype` (none where that is None); the optimizer goes on with float32 ones,
+    and gets the same gradients. Those of one of its `groups` lie side by side in one block, which
+    takes their places there: casts, norm and step are then one call for all."""
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype | None, groups: list[dict[str, Any]]
     ) -> None:
-        modules = list(model.modules()) if dtype is not None else []
-        linear = [m for m in modules if type(m) is nn.Linear]
-        tied = {id(p) for m in modules if type(m) is not nn.Linear for p in m._parameters.values()}
+        modules = [] if dtype is None else list(model.modules())
+        tied = {p for m in modules if type(m) is not nn.Linear for p in m._parameters.values()}
         self.places = [
             (module, name, full)
-            for module in linear
+            for module in modules
+            if type(module) is nn.Linear
             for name, full in module.named_parameters(recurse=False)
-            if full.requires_grad and id(full) not in tied
+            if full.requires_grad and full not in tied
         ]
         taken = {full for _, _, full in self.places}
         self.low: dict[nn.Parameter, nn.Parameter] = {}
-        self.gradients: dict[nn.Parameter, Tensor] = {}
-        self.blocks: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self.blocks: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # float32, low, gradient
         for group in groups:
-            mine = [p for p in group["params"] if p in taken]
-            if mine:
+            if mine := [p for p in group["params"] if p in taken]:
                 block = self._join(mine, dtype)
-                group["params"] = [p for p in group["params"] if p not in taken] + [block]
+                group["params"] = [*(p for p in group["params"] if p not in taken), block]
 
     @torch.no_grad()
     def _join(self, full: list[nn.Parameter], dtype: torch.dtype) -> nn.Parameter:
         """Make views of one block of these, each as aligned, at 64 bytes, as if on its own."""
         sizes = [-(-p.numel() // 16) * 16 for p in full]
-        block = torch.zeros(sum(sizes), device=full[0].device)
+        block = nn.Parameter(torch.zeros(sum(sizes), device=full[0].device))
         low, gradient = torch.zeros_like(block, dtype=dtype), torch.zeros_like(block)
-        slots = zip(*(x.split(sizes) for x in (block, low, gradient)), strict=True)
-        for p, parts in zip(full, slots, strict=True):
-            value, lower, grad = (part[: p.numel()].view(p.shape) for part in parts)
+        for p, *parts in zip(full, *(x.split(sizes) for x in (block, low, gradient)), strict=True):
+            value, lower, summed = (part[: p.numel()].view(p.shape) for part in parts)
             p.data = value.copy_(p)
-            self.low[p], self.gradients[p] = nn.Parameter(lower), grad
-        low.copy_(block)
-        self.blocks.append((nn.Parameter(block), low, gradient))
-        return self.blocks[-1][0]
+            self.low[p] = nn.Parameter(lower)
 
-    def _put(self, low: bool) -> None:
+            def collect(lower: nn.Parameter, summed: Tensor = summed) -> None:
+                summed.add_(lower.grad)  # in float32
+                lower.grad = None
+
+            self.low[p].register_post_accumulate_grad_hook(collect)
+        low.copy_(block)
+        block.grad = gradient
+        self.blocks.append((block, low, gradient))
+        return block
+
+    def put(self, low: bool) -> None:
+        """The parameters in `dtype` in their places, or the float32 ones."""
         for module, name, full in self.places:
             setattr(module, name, self.low[full] if low else full)
 
     def __enter__(self) -> LowWeights:
-        self._put(low=True)
+        self.put(low=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._put(low=False)
+        self.put(low=False)
         own_memory(self.low)  # files refuse tensors that share memory
 
-    @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
-        """The float32 parameters in their places, inside the block."""
-        self._put(low=False)
-        try:
-            yield
-        finally:
-            self._put(low=True)
-
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Add the gradients to those of the float32 parameters and blocks, in float32."""
-        for full, low in self.low.items():
-            gradient = self.gradients[full]
-            if full.grad is None:  # the first since they were cleared
-                gradient.zero_() if low.grad is None else gradient.copy_(low.grad)
-                full.grad = gradient
-            elif low.grad is not None:
-                gradient.add_(low.grad)
-            low.grad = None
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)
         for block, _, gradient in self.blocks:
-            block.grad = gradient
-
-    def clear(self) -> None:
-        """Forget the gradients, collected or not."""
-        for full, low in self.low.items():
-            full.grad = low.grad = None
-        for block, _, _ in self.blocks:
-            block.grad = None
+            block.grad = gradient.zero_()
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Of the gradients of all `parameters`, the model's float32 ones."""
-        others = [p.grad for p in parameters if p.grad is not None and p not in self.gradients]
+        others = [p.grad for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(others, foreach=True)
         if self.blocks:
-            norm = torch.hypot(
-                norm, torch.stack([g.dot(g) for _, _, g in self.blocks]).sum().sqrt()
-            )
+            squares = torch.stack([g.dot(g) for _, _, g in self.blocks])
+            norm = torch.hypot(norm, squares.sum().sqrt())
         return norm
 
     @torch.no_grad()
@@ -346,18 +301,16 @@ class LowWeights:
             low.copy_(block)
 
 
-@torch.no_grad()
 def own_memory(parameters: Iterable[nn.Parameter]) -> None:
-    """Copy loaded weights to memory of their own. They are mapped from their file, aligned as it
-    happens: the first write would copy them page by page, and every later pass reads them across
-    cache lines."""
+    """Copy loaded weights to aligned memory of their own: they are mapped from their file, and
+    every pass would read them across cache lines."""
     for parameter in parameters:
         parameter.data = parameter.detach().clone()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next step, up to 1 GiB, instead of handing it back
-    to the system; does nothing elsewhere. The setting is the process's, and stays."""
+    """Have glibc keep what a step frees for the next step, up to 1 GiB; nothing elsewhere. The
+    setting is the process's, and stays."""
     trim_threshold, mmap_threshold = -1, -3  # names of mallopt's settings, from malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
@@ -365,29 +318,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 1 << 30)
 
 
-class _CutEmbedding(nn.Module):
-    """An embedding that stores only the rows of `ids`; takes the full vocabulary's ids."""
-
-    def __init__(self, full: nn.Embedding, ids: Tensor):
-        super().__init__()
-        lookup = torch.full((full.num_embeddings,), -1, dtype=torch.long, device=ids.device)
-        lookup[ids] = torch.arange(len(ids), device=ids.device)
-        self.register_buffer("lookup", lookup, persistent=False)
-        self.weight = nn.Parameter(full.weight.detach()[ids].clone())
-        pad = full.padding_idx
-        self.padding_idx = None if pad is None or lookup[pad] < 0 else int(lookup[pad])
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return F.embedding(self.lookup[input_ids], self.weight, self.padding_idx)
-
-
 @contextlib.contextmanager
 def cut_embeddings(model: nn.Module, used: Iterable[int]) -> Iterator[dict[str, float]]:
-    """Train with only the word-embedding rows of the ids `used`; put the table back at the end.
-
-    Yields ``{"decay": 1.0}``: multiply it by each step's (1 - learning rate x weight decay), and
-    the rows that were away decay by as much when they return. Does nothing where the table is tied
-    to an output layer, whose loss reaches every row."""
+    """Train with only the word-embedding rows of the ids `used`, where the table is not tied to an
+    output layer, whose loss reaches every row; put the table back at the end. Yields ``{"decay":
+    1.0}``, by which the rows that were away are then multiplied."""
     state = {"decay": 1.0}
     full, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is not None and getattr(output, "weight", None) is full.weight
@@ -395,7 +330,12 @@ def cut_embeddings(model: nn.Module, used: Iterable[int]) -> Iterator[dict[str, 
         yield state
         return
     ids = torch.tensor(sorted(used), device=full.weight.device)
-    cut = _CutEmbedding(full, ids)
+    place = torch.full((full.num_embeddings,), -1, device=ids.device)  # of an id among `ids`
+    place[ids] = torch.arange(len(ids), device=ids.device)
+    pad = None if full.padding_idx is None else int(place[full.padding_idx])
+    rows = full.weight.detach()[ids]
+    cut = nn.Embedding(*rows.shape, padding_idx=None if pad == -1 else pad, _weight=rows)
+    cut.register_forward_pre_hook(lambda _, given: (place[given[0]],))
     model.set_input_embeddings(cut)
     try:
         yield state

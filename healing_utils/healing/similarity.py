@@ -15,8 +15,7 @@ from healing_utils.healing.examples import Encoded, collate
 def layer_states(model: nn.Module, data: Encoded) -> Iterator[torch.Tensor]:
     """Hidden states of all real tokens of `data`, embeddings first: a batch at a time, each
     (layers + 1, tokens, hidden)."""
-    device = next(model.parameters()).device
-    order = np.argsort(data.lengths, kind="stable")
+    device, order = next(model.parameters()).device, np.argsort(data.lengths, kind="stable")
     model.eval()
     for start in range(0, len(order), 32):
         batch = collate(data, order[start : start + 32], device)
@@ -28,14 +27,12 @@ def layer_states(model: nn.Module, data: Encoded) -> Iterator[torch.Tensor]:
 def layer_similarity(
     intact: nn.Module | Iterable[torch.Tensor], other: nn.Module, data: Encoded
 ) -> dict[str, list[float]]:
-    """Similarity of the two models' hidden states over all real tokens of `data`; for `intact` may
-    stand what `layer_states` gives for it.
+    """Similarity of two models' hidden states over all real tokens of `data`; `intact` may be what
+    `layer_states` gives for it.
 
     Returns ``cosine`` (mean over tokens), ``cka`` (linear centred kernel alignment, Kornblith et
     al. 2019, section 3) and ``stream`` (`passing_stream` of `other`), each with one value a layer,
-    embeddings first: (layers + 1,). CKA is invariant to rotation and scale, so it tells a rotated
-    stream from a lost one; the cosine does not. Values that are not finite come out as NaN.
-    """
+    embeddings first: (layers + 1,). Values that are not finite come out as NaN."""
     if isinstance(intact, nn.Module):
         intact = layer_states(intact, data)
     found = []
@@ -50,12 +47,9 @@ def layer_similarity(
         mean = a[:, :, None] * b[:, None, :] / data.tokens
         return (product - mean).square().sum(dim=(1, 2))
 
-    norms = centred(xx, x, x) * centred(yy, y, y)
-    return {
-        "cosine": (cosine / data.tokens).tolist(),
-        "cka": (centred(xy, x, y) / norms.sqrt()).tolist(),
-        "stream": (stream / data.tokens).tolist(),
-    }
+    cka = centred(xy, x, y) / (centred(xx, x, x) * centred(yy, y, y)).sqrt()
+    means = {"cosine": cosine / data.tokens, "cka": cka, "stream": stream / data.tokens}
+    return {name: values.tolist() for name, values in means.items()}
 
 
 @torch.inference_mode()

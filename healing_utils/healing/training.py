@@ -1,15 +1,9 @@
-"""Fine-tuning and scoring an encoder: one legible loop.
-
-What makes it faster than a general trainer, none of it changing the gradients: batches of alike
-lengths, AdamW and gradient clipping fused over all parameters, precision mixed where the device
-computes it natively, and the `shortcuts`.
-"""
+"""Fine-tuning and scoring an encoder: one legible loop, fast by the `shortcuts`."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,18 +16,11 @@ from torch.nn import functional as F
 
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.progress import Progress
+from healing_utils.healing import shortcuts
 from healing_utils.healing.examples import Encoded as Encoded
 from healing_utils.healing.examples import as_encoded, batches_of, collate
 from healing_utils.healing.examples import encode as encode
 from healing_utils.healing.examples import position_limit as position_limit
-from healing_utils.healing.shortcuts import (
-    LowWeights,
-    cut_embeddings,
-    first_token_layers,
-    keep_freed_memory,
-    own_memory,
-    quick_dropout,
-)
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
@@ -41,17 +28,16 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """`device`, or the GPU where there is one, else the CPU."""
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise HealingError(f"unknown device {device!r}; such as cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise HealingError(f"device is '{device}' but torch sees no GPU here")
-    return device
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise HealingError(f"device is '{found}' but torch sees no GPU here")
+    return found
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """Resolve ``auto``: on a GPU bfloat16 where it is native (a T4 emulates it, slowly), else
-    float16; on a CPU float32."""
+    """Of ``auto``: on a GPU bfloat16 where it is native, else float16; on a CPU float32."""
     if choose(precision, PRECISIONS, "precision") != "auto":
         return precision
     if device.type != "cuda":
@@ -60,20 +46,16 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Torch's random numbers from `seed` inside; the caller's generators untouched outside."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    cuda = device is not None and device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
         # Not torch.manual_seed: it seeds every GPU too.
         torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
+        if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass
@@ -84,10 +66,7 @@ class Training:
     losses: list[float]  # the mean training loss of every step
     curve: list[dict[str, float]]  # step and validation scores
     tokens: int  # trained on, padding left out
-    seconds: float  # in steps, scoring left out
     precision: str
-    device: str
-    threads: int
     max_tokens: int
     skipped_steps: int = 0
     shortcut: str = "nothing"  # see `shortcuts.first_token_layers`
@@ -99,14 +78,6 @@ class Diverged(HealingError):
     def __init__(self, message: str, training: Training):
         super().__init__(message)
         self.training = training
-
-
-def moments(steps: int, evaluations: int) -> list[int]:
-    """The steps after which a learning curve has a point, at most `evaluations`, the last step
-    among them. Their distances grow, from one moment to the next by as much: most healing is done
-    early, and a time to heal is known as well as its moments lie close."""
-    found = {round(steps * ((i + 1) / evaluations) ** 2) for i in range(evaluations)}
-    return sorted(found - {0})
 
 
 def _parameter_groups(
@@ -140,20 +111,18 @@ def fine_tune(
     max_length: int = 128, max_tokens: int = 8192, evaluations: int = 4, seed: int = 0,
     device: str | torch.device | None = None, precision: str = "auto",
     rates: Mapping[str, float] | None = None,
-    objective: Callable[[dict[str, torch.Tensor], np.ndarray], torch.Tensor] | None = None,
+    objective: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None,
     on_step: Callable[[int, int, float], None] | None = None, progress: bool = True,
 ) -> Training:  # fmt: skip
     """Fine-tune every parameter of `model` that requires a gradient, in place.
 
-    `train` and `validation` are what `encode` returns, or hold texts and labels. `epochs` may be a
-    fraction; `warmup` is the fraction of steps with a rising learning rate, which then falls
+    `train` and `validation` are what `encode` returns, or columns `text` and `label`; `epochs` may
+    be a fraction. In the fraction `warmup` of the steps the learning rate rises, then it falls
     linearly to zero. A batch of more than `max_tokens` tokens is computed in parts, with the same
-    gradient; out of memory, the parts are halved and the step is done again. `validation` is scored
-    before the first step and at `evaluations` further `moments`; nothing is chosen on it. `rates`
-    are factors of the learning rate by parameter name, 1 where there is none. `objective` replaces
-    the task's loss: called with a batch and its rows of `train`, it gives the sum over the
-    examples. The same seed on the same machine with the same number of threads gives the same
-    weights, bit for bit, on a CPU.
+    gradient; out of memory, the parts are halved. `validation` is scored before the first step and
+    `evaluations` times later; nothing is chosen on it. `rates` are factors of the learning rate by
+    parameter name. `objective` replaces the task's loss: of a batch, the sum over its examples. On
+    a CPU the same seed and number of threads give the same weights, bit for bit.
 
     Raises HealingError on settings out of range, and Diverged when the loss is no longer finite."""
     positive = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -168,17 +137,18 @@ def fine_tune(
     device = pick_device(device)
     precision = pick_precision(precision, device)
     cuda = device.type == "cuda"
-    model.to(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    model.to(device).zero_grad(set_to_none=True)
     lengths = train.lengths
     batches = batches_of(lengths, epochs, batch_size, seed)
     steps = len(batches)
-    evaluate_at = moments(steps, evaluations)
+    # From one look to the next by as much longer: most healing is done early.
+    looks = {round(steps * ((i + 1) / evaluations) ** 2) for i in range(evaluations)}
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     autocast = torch.autocast(
         device.type, dtype=getattr(torch, precision), enabled=precision != "float32"
     )
+    done = Training(steps, [], [], 0, precision, max_tokens)
+    losses: list[torch.Tensor] = []
 
     def rate(step: int) -> float:
         warm = warmup * steps
@@ -189,7 +159,7 @@ def fine_tune(
     def forward_backward(rows: np.ndarray) -> torch.Tensor:
         """Gradient of the mean loss over `rows`; returns that loss, on the device."""
         total = torch.zeros((), device=device)
-        size = max(1, max_tokens // int(lengths[rows].max()))  # padding included
+        size = max(1, done.max_tokens // int(lengths[rows].max()))  # padding included
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             batch = collate(train, part, device)
@@ -198,27 +168,19 @@ def fine_tune(
                     labels = torch.from_numpy(train.labels[part]).to(device)
                     loss = _loss(model(**batch).logits.float(), labels)
                 else:
-                    loss = objective(batch, part)
+                    loss = objective(batch)
             loss = loss / len(rows)
             scaler.scale(loss).backward()
-            low.collect()
             total += loss.detach()
         return total
 
-    def clear() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        low.clear()
-
     def add_point(step: int) -> None:
         if validation is not None:
-            with low.away():
-                scores = evaluate(model, validation, device=device)
-            done.curve.append({"step": step, **scores})
+            low.put(False)
+            done.curve.append({"step": step, **evaluate(model, validation, device=device)})
+            low.put(True)
+            model.train()
 
-    done = Training(
-        steps, [], [], 0, 0.0, precision, str(device), torch.get_num_threads(), max_tokens
-    )
-    losses: list[torch.Tensor] = []
     with contextlib.ExitStack() as within:
         if progress and on_step is None:
             bar = within.enter_context(Progress(steps, "fine-tuning", unit="step"))
@@ -227,28 +189,28 @@ def fine_tune(
                 bar.update(step - bar.done, note=f"loss {loss:.3f}")
 
         within.enter_context(seeded(seed, device))
-        within.enter_context(quick_dropout(model))
+        within.enter_context(shortcuts.quick_dropout(model))
+        cut, halved = {"decay": 1.0}, None
         # An objective of its own may read any token of any layer, ids that are not in `train`, and
         # the weights themselves.
-        cut = {"decay": 1.0}
         if objective is None:
             used = {train.pad[0]}.union(*train.ids, *(validation.ids if validation else ()))
-            cut = within.enter_context(cut_embeddings(model, used))
+            cut = within.enter_context(shortcuts.cut_embeddings(model, used))
+            halved = torch.bfloat16 if precision == "bfloat16" else None
         parameters = [p for p in model.parameters() if p.requires_grad]
         if device.type == "cpu":
-            own_memory(parameters)
+            shortcuts.keep_freed_memory()
+            shortcuts.own_memory(parameters)
         if objective is None:
             some = collate(train, _probe_rows(lengths), device)
-            done.shortcut = within.enter_context(first_token_layers(model, some))
+            done.shortcut = within.enter_context(shortcuts.first_token_layers(model, some))
         table = model.get_input_embeddings().weight
         groups = _parameter_groups(model, weight_decay, rates or {})
         table_rate = next((g["factor"] for g in groups for p in g["params"] if p is table), 1.0)
-        halved = torch.bfloat16 if precision == "bfloat16" and objective is None else None
-        low = within.enter_context(LowWeights(model, halved, groups))
+        low = within.enter_context(shortcuts.LowWeights(model, halved, groups))
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-        add_point(0)
         model.train()
-        start = time.perf_counter()
+        add_point(0)
         for step, rows in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step) * group["factor"]
@@ -258,11 +220,13 @@ def fine_tune(
                     losses.append(forward_backward(rows))
                     break
                 except RuntimeError as error:
-                    if not _is_out_of_memory(error) or max_tokens <= int(lengths[rows].max()):
+                    memory = isinstance(error, torch.OutOfMemoryError)
+                    memory = memory or "can't allocate memory" in str(error)  # on a CPU
+                    if not memory or done.max_tokens <= int(lengths[rows].max()):
                         raise
                 # Outside of the except block, whose error holds on to the memory.
-                max_tokens //= 2  # same batch, same gradient, in smaller parts
-                clear()
+                done.max_tokens //= 2  # same batch, same gradient, in smaller parts
+                low.clear(optimizer)
                 torch.set_rng_state(states[0])
                 if cuda:
                     torch.cuda.set_rng_state(states[1], device)
@@ -280,32 +244,26 @@ def fine_tune(
                 done.skipped_steps += 1
             else:
                 cut["decay"] *= 1 - rate(step) * table_rate * weight_decay
-            clear()
+            low.clear(optimizer)
             done.tokens += int(lengths[rows].sum())
             if (step + 1) % 20 == 0 or step + 1 == steps:  # reading a loss waits for the device
                 latest = losses[-1].item()
                 if not math.isfinite(latest):
-                    values, first = torch.stack(losses).tolist(), step
-                    while first and not math.isfinite(values[first - 1]):
-                        first -= 1
-                    done.steps, done.losses = step + 1, values[:first]
+                    values = torch.stack(losses).tolist()
+                    last = max((i for i, x in enumerate(values) if math.isfinite(x)), default=-1)
+                    done.steps, done.losses = step + 1, values[: last + 1]
                     model.eval()
-                    message = (
-                        f"the loss is {values[first]} at step {first + 1} of {steps} "
-                        f"(learning rate {learning_rate}, precision {precision}): "
-                        "the model cannot be trained so"
+                    raise Diverged(
+                        f"the loss is {values[last + 1]} at step {last + 2} of {steps} (learning "
+                        f"rate {learning_rate}, precision {precision}): "
+                        "the model cannot be trained so",
+                        done,
                     )
-                    raise Diverged(message, done)
                 if on_step:
                     on_step(step + 1, steps, latest)
-            if validation is not None and step + 1 in evaluate_at:
-                done.seconds += time.perf_counter() - start
+            if step + 1 in looks:
                 add_point(step + 1)
-                model.train()
-                start = time.perf_counter()
-        done.seconds += time.perf_counter() - start
     done.losses = torch.stack(losses).tolist()
-    done.max_tokens = max_tokens
     model.eval()
     return done
 
@@ -341,9 +299,9 @@ def predict(
 
 
 def evaluate(model: nn.Module, data: Any, **settings: Any) -> dict[str, float]:
-    """Score `model` on `data`: ``f1`` (macro), ``accuracy``, ``matthews``, ``loss`` for
-    classification; ``spearman``, ``loss`` for regression. Settings are those of `predict`. Where
-    logits are not finite, the share of such examples stands under ``not_finite``."""
+    """Score `model` on `data`: ``f1`` (macro), ``accuracy``, ``matthews``, ``loss``; of numbers
+    ``spearman``, ``loss``; ``not_finite`` is the share of examples whose logits are not, if any.
+    Settings are those of `predict`."""
     data = as_encoded(data, model, settings.pop("tokenizer", None), settings.get("max_length", 128))
     return grade(predict(model, data, **settings), data.labels)
 
@@ -364,8 +322,8 @@ def answers(logits: np.ndarray) -> np.ndarray:
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Metrics of `logits` (examples, classes) against `labels` (examples,), each from scikit-learn
-    or scipy. Macro-F1 averages over the classes that occur in the labels or the answers."""
+    """Metrics of `logits` (examples, classes) against `labels` (examples,). Macro-F1 averages over
+    the classes that occur in the labels or the answers."""
     if labels.dtype.kind == "f":
         from scipy.stats import spearmanr
 

@@ -30,19 +30,16 @@ SPLITS = {"train": 1000, "validation": 400, "test": 1000}
 
 
 def folder() -> Path:
-    """The shipped model: config.json, model.safetensors and the tokenizer's files.
+    """The shipped model, as `from_pretrained` takes it.
 
     In a checkout `data/organism/`, in an installed package the copy inside it.
     """
     here = Path(__file__).resolve().parent
-    places = [here.parents[1] / "data" / "organism", here / "weights"]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    raise HealingError(
-        "the model organism's weights are missing; looked for config.json in "
-        + " and ".join(map(str, places))
-    )
+    places = (here.parents[1] / "data" / "organism", here / "weights")
+    if found := next((place for place in places if (place / "config.json").is_file()), None):
+        return found
+    looked = " and ".join(map(str, places))
+    raise HealingError(f"the organism's weights are missing; looked for config.json in {looked}")
 
 
 def _draw(text: str, writer: Writer) -> tuple[Sentence, int]:
@@ -80,8 +77,7 @@ def splits(text: str) -> dict[str, list[tuple[Sentence, int]]]:
 def sentence_task(name: str) -> dict[str, tuple[list[str], list[int]]]:
     """Texts and labels (indices into `TASKS[name]`) of each split in `SPLITS`.
 
-    No sentence stands in two splits; `train` has none of the `held_out()` words, `validation` and
-    `test` draw on the whole lexicon. Raises HealingError for an unknown name.
+    `train` has none of the `held_out()` words, `validation` and `test` draw on the whole lexicon.
     """
     choose(name, TASKS, "task of the organism")
     return {
@@ -91,10 +87,7 @@ def sentence_task(name: str) -> dict[str, tuple[list[str], list[int]]]:
 
 
 def tagged_sentences(split: str) -> list[tuple[list[str], dict[str, list[str]]]]:
-    """(words, tags) pairs of a split: `pos` (universal-dependency names), `chunk` (IOB2), `sem`.
-
-    Punctuation marks are words. Raises HealingError for an unknown split.
-    """
+    """(words, tags by name in `TAGS`) pairs of a split; punctuation marks are words."""
     choose(split, SPLITS, "split of the organism")
     return [(sentence.words, sentence.tags) for sentence, _ in splits("tags")[split]]
 
@@ -105,14 +98,13 @@ def raw_text(count: int, seed: int = 0) -> Iterator[str]:
     Sentences of the tasks' validation and test splits are left out.
     """
     scored = {
-        sentence.text
+        text
         for task in TASKS
         for split in ("validation", "test")
-        for sentence, _ in splits(task)[split]
+        for text in sentence_task(task)[split][0]
     }
     writer = Writer(f"raw {seed}", style=RAW)
     while count > 0:
-        text = writer.sentence().text
-        if text not in scored:
+        if (text := writer.sentence().text) not in scored:
             count -= 1
             yield text

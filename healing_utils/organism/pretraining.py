@@ -1,9 +1,8 @@
 """Masked language modelling of the organism, resumable to the bit.
 
 Every random number of a step comes from the pair (seed, step), and the order of the batches from
-(seed, epoch). A checkpoint is therefore weights, optimizer state and step number; a run that is
-killed at any moment and started again ends with the same weights as one that was not (at the same
-number of threads: their number changes the order of floating-point sums).
+(seed, epoch). A run that is killed at any moment and started again therefore ends with the same
+weights as one that was not, at the same number of threads.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import io
 import json
 import platform
 import random
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,12 @@ from healing_utils.base.records import write_atomically
 from . import raw_text, tokenizer
 
 SHAPE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
+    "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256,
     "max_position_embeddings": 64,
     # BERT's 0.02 for 768 units, at this width: 0.02 * sqrt(768 / 64). With 0.02 a narrow network's
     # attention starts out writing next to nothing, and context is learnt many times more slowly.
     "initializer_range": 0.07,
-}
+}  # fmt: skip
 RATE = {"peak": 2e-3, "warm_up": 0.06, "weight_decay": 0.01}  # of AdamW
 MASKED = 0.3  # of a sentence's tokens; of these 80 % become [MASK], 10 % any piece, 10 % stay
 IGNORED = -100  # cross-entropy's own mark for positions without a target
@@ -41,15 +38,14 @@ IGNORED = -100  # cross-entropy's own mark for positions without a target
 
 def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
     """Batches of sentence numbers of one epoch: every batch of one length, so without padding."""
-    shuffle = random.Random(f"order {seed} {epoch}")
-    by_length: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(number)
+    shuffle = random.Random(f"order {seed} {epoch}").shuffle
     found = []
-    for _, numbers in sorted(by_length.items()):
-        shuffle.shuffle(numbers)
+    length = lengths.__getitem__
+    for _, group in groupby(sorted(range(len(lengths)), key=length), length):
+        numbers = list(group)
+        shuffle(numbers)
         found += [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    shuffle.shuffle(found)
+    shuffle(found)
     return found
 
 
@@ -82,32 +78,10 @@ def learning_rate(step: int, steps: int) -> float:
     return RATE["peak"] * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
-def _restore(path: Path, plan: dict[str, Any], model, optimizer) -> tuple[int, float]:
-    """Go back to a checkpoint, if there is one: the step to go on with, and the recent loss."""
-    if not path.exists():
-        return 0, 0.0
-    saved = torch.load(path, weights_only=True)
-    if saved["plan"] != plan:
-        different = [name for name in plan if saved["plan"].get(name) != plan[name]]
-        raise HealingError(
-            f"{path} belongs to a pre-training with another {' and '.join(different)}; "
-            "finish that one, or choose another folder"
-        )
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["recent"]
-
-
 def pretrain(
-    out: str | Path,
-    steps: int = 6000,
-    batch_size: int = 128,
-    seed: int = 0,
-    threads: int = 1,
-    *,
-    sentences: int = 100_000,
-    checkpoint_every: int = 200,
-) -> dict[str, Any]:
+    out: str | Path, steps: int = 6000, batch_size: int = 128, seed: int = 0, threads: int = 1, *,
+    sentences: int = 100_000, checkpoint_every: int = 200,
+) -> dict[str, Any]:  # fmt: skip
     """Train the organism from random values and save model and tokenizer in the folder `out`.
 
     `sentences` raw sentences are gone through again and again, masked anew each time. While it
@@ -127,19 +101,26 @@ def pretrain(
     encoded = words(list(raw_text(sentences, seed)))["input_ids"]
     lengths = list(map(len, encoded))
     torch.manual_seed(seed)
-    model = BertForMaskedLM(
-        BertConfig(vocab_size=len(words), pad_token_id=words.pad_token_id, **SHAPE)
-    )
+    config = BertConfig(vocab_size=len(words), pad_token_id=words.pad_token_id, **SHAPE)
+    model = BertForMaskedLM(config).eval()  # no dropout: the text is unlimited
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": RATE["weight_decay"]}, {"params": vectors}],
         lr=RATE["peak"], betas=(0.9, 0.98), weight_decay=0.0, fused=True,
     )  # fmt: skip
-    start, recent = _restore(checkpoint, plan, model, optimizer)
+    start, recent = 0, 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if different := [name for name in plan if saved["plan"].get(name) != plan[name]]:
+            raise HealingError(
+                f"{checkpoint} belongs to a pre-training with another {' and '.join(different)}; "
+                "finish that one, or choose another folder"
+            )
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start, recent = saved["step"], saved["recent"]
 
-    # no dropout: the text is unlimited, there is nothing to overfit
-    model.eval()
     per_epoch = len(batches(lengths, batch_size, seed, 0))
     epoch, order = -1, []
     with Progress(steps, "pre-training", unit="step") as bar:
@@ -162,10 +143,8 @@ def pretrain(
             bar.update(1, note=f"loss {recent:.3f}")
             if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
                 content = io.BytesIO()
-                torch.save({
-                    "plan": plan, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "step": step + 1, "recent": recent,
-                }, content)  # fmt: skip
+                states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save({"plan": plan, **states, "step": step + 1, "recent": recent}, content)
                 write_atomically(checkpoint, content.getvalue())
 
     record = {

@@ -44,22 +44,19 @@ def lemmas() -> list[str]:
     return [word for word in listed if word.isalpha()]
 
 
-def _ends_in_consonant_y(lemma: str) -> bool:
-    return lemma.endswith("y") and lemma[-2] not in VOWELS
+def _stem(lemma: str) -> str:
+    """What -s and -d are added to: "study" becomes "studie"."""
+    return lemma[:-1] + "ie" if lemma[-1] == "y" and lemma[-2] not in VOWELS else lemma
 
 
 def add_s(lemma: str) -> str:
     """Third person singular of a verb, or regular plural of a noun."""
-    if lemma.endswith(("s", "x", "z", "ch", "sh")):
-        return lemma + "es"
-    return lemma[:-1] + "ies" if _ends_in_consonant_y(lemma) else lemma + "s"
+    return lemma + "es" if lemma.endswith(("s", "x", "z", "ch", "sh")) else _stem(lemma) + "s"
 
 
 def past(lemma: str, irregular: str) -> str:
-    """Past tense of a verb."""
-    if irregular or lemma.endswith("e"):
-        return irregular or lemma + "d"
-    return lemma[:-1] + "ied" if _ends_in_consonant_y(lemma) else lemma + "ed"
+    stem = _stem(lemma)
+    return irregular or stem + ("d" if stem.endswith("e") else "ed")
 
 
 def article(following: str) -> str:
@@ -85,12 +82,15 @@ def wordpieces() -> tuple[str, ...]:
     in -ly gives its stem), then whole every form that would not split into a stem and a suffix.
     """
     letters = string.ascii_lowercase + string.digits
-    pieces = dict.fromkeys([*SPECIAL, *letters, *(f"##{c}" for c in letters), *string.punctuation])
-    pieces.update(dict.fromkeys(SUFFIXES))
     entries = [(name, *pair) for name, pairs in lexicon().items() for pair in pairs]
-    for category, lemma, _ in entries:
-        stem = lemma.removesuffix("ly") if category.startswith("adverb") else lemma
-        pieces[stem.lower()] = None
+    stems = (
+        lemma.removesuffix("ly") if category.startswith("adverb") else lemma
+        for category, lemma, _ in entries
+    )
+    pieces = dict.fromkeys(
+        [*SPECIAL, *letters, *(f"##{c}" for c in letters), *string.punctuation, *SUFFIXES,
+         *map(str.lower, stems)]
+    )  # fmt: skip
     for form in [form.lower() for entry in entries for form in forms(*entry)]:
         stem = next(form[:end] for end in range(len(form), 0, -1) if form[:end] in pieces)
         ending = "##" + form.removeprefix(stem)

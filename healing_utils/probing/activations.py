@@ -1,7 +1,4 @@
-"""What every layer of an encoder says about every word, or about every sentence.
-
-Each sentence runs once, beside others of its length.
-"""
+"""What every layer of an encoder says about every word, or about every sentence."""
 
 from __future__ import annotations
 
@@ -22,13 +19,7 @@ from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.progress import Progress
 from healing_utils.healing.shortcuts import keep_freed_memory
 from healing_utils.healing.training import collate, encode, pick_device
-from healing_utils.probing.alignment import (
-    UNLIMITED,
-    Aligned,
-    align,
-    classification_token,
-    max_positions,
-)
+from healing_utils.probing.alignment import UNLIMITED, Aligned, align, max_positions
 
 AGGREGATIONS = ("first", "last", "mean")
 POOLINGS = ("first", "mean")
@@ -44,22 +35,15 @@ def extract_activations(
     """Hidden states of pre-tokenised sentences, float32 (layers, words, hidden).
 
     Layer 0 is the embeddings; words of all sentences follow one another. `aggregation` takes a
-    word's ``first`` or ``last`` subword or their ``mean`` (Durrani, Sajjad and Dalvi 2021 take the
-    last). `model` is any encoder, with or without a head. Batches hold at most `max_tokens` tokens
-    (without it 1,024 on a CPU, 8,192 on a GPU), padding included.
-
-    Nothing is cut: a sentence longer than the model's positions is computed in windows that overlap
-    by half, each word taken from the one where it has most context, and a warning says how many
-    sentences that were. Raises HealingError for an unknown aggregation or layer, for input that is
-    not lists of words, and for a word longer than a window, naming sentence and word.
+    word's ``first`` or ``last`` subword (as Durrani, Sajjad and Dalvi 2021 do) or their ``mean``.
+    Batches hold at most `max_tokens` tokens, padding included. A sentence longer than the model's
+    positions is computed in windows that overlap by half, each word taken from where it has most
+    context, and a warning says how many those were. Raises HealingError for an unknown aggregation
+    or layer, for input that is not lists of words, and for a word longer than a window.
     """
-    choose(aggregation, AGGREGATIONS, "aggregation")
     with _reading(model, device) as base:
-        chosen = _pick_layers(base, layers)
-        aligned = _align(base, tokenizer, sentences)
-        array = np.empty((len(chosen), aligned.words, base.config.hidden_size), dtype=np.float32)
-        _fill(array, base, aligned, aggregation, chosen, max_tokens, progress=progress)
-        return array
+        aligned = align(tokenizer, sentences, max_positions(base, tokenizer))
+        return _states(base, aligned, aggregation, layers, max_tokens, progress=progress)
 
 
 def compact_activations(
@@ -69,22 +53,14 @@ def compact_activations(
     """As `extract_activations`, in float16, and how many sentences were `windowed` and how many
     words `unknown` to the tokenizer.
 
-    Half precision errs by at most 1/2048 of a value's size above 6e-5. Where a value is beyond its
-    range (65,504) the whole array is made anew in float32, which is said: nothing is clipped. An
-    array of more than `memory` bytes is a map of an unnamed file in the folder for temporary files
-    (``TMPDIR``), gone with the array or the process. Raises HealingError where it has no room.
+    Where a value is beyond float16's range (65,504) the whole array is made anew in float32, which
+    is said. An array of more than `memory` bytes is a map of an unnamed file in the folder for
+    temporary files (``TMPDIR``). Raises HealingError where that has no room.
     """
-    choose(aggregation, AGGREGATIONS, "aggregation")
     with _reading(model, device) as base:
-        layers = _pick_layers(base, None)
-        aligned = _align(base, tokenizer, sentences)
-        shape = (len(layers), aligned.words, base.config.hidden_size)
-        array = _room(shape, np.float16, memory)
-        if not _fill(array, base, aligned, aggregation, layers, chunk=CHUNK):
-            print("activations beyond float16's range: begun anew in float32", file=sys.stderr)
-            array = _room(shape, np.float32, memory)
-            _fill(array, base, aligned, aggregation, layers, chunk=CHUNK)
-        return array, {"windowed": aligned.windowed, "unknown": aligned.unknown}
+        aligned = align(tokenizer, sentences, max_positions(base, tokenizer))
+        counts = {"windowed": aligned.windowed, "unknown": aligned.unknown}
+        return _states(base, aligned, aggregation, memory=memory), counts
 
 
 def sentence_activations(
@@ -95,29 +71,29 @@ def sentence_activations(
     """One vector a text, or pair of texts, in every layer: float32 (layers, texts, hidden).
 
     ``first`` takes the classification token, wherever the tokenizer puts it (XLNet's comes last);
-    ``mean`` averages over all tokens but padding, the special ones included, as sentence encoders
-    do. Texts longer than `max_length` tokens, by default the model's positions, are cut, and a
-    warning says how many. Raises HealingError for an unknown pooling and where ``first`` finds no
-    classification token.
+    ``mean`` averages over all tokens but padding. Texts longer than `max_length` tokens, by default
+    the model's positions, are cut, and a warning says how many. Raises HealingError for an unknown
+    pooling and where there is no classification token.
     """
     choose(pooling, POOLINGS, "pooling")
     with _reading(model, device) as base:
-        layers = _pick_layers(base, None)
         limit = min(max_positions(base, tokenizer) or UNLIMITED, max_length or UNLIMITED)
         encoded = encode(tokenizer, texts, [0] * len(texts), limit)
         if encoded.truncated:
             said = f"{encoded.truncated} of {len(texts)} texts were cut to {limit} tokens"
             warnings.warn(said, stacklevel=2)
-        counts = encoded.lengths
+        counts, one = encoded.lengths, np.arange(len(texts))  # a text is read as a single word
         starts = np.zeros_like(counts)
         if pooling == "first":
-            starts, counts = classification_token(tokenizer, counts), np.ones_like(counts)
-        one = np.arange(len(texts))  # a text is read as a single word
+            special, own = tokenizer("")["input_ids"], tokenizer.cls_token_id
+            if own not in special[:1] + special[-1:]:
+                said = f"tokenizer {type(tokenizer).__name__} puts no classification token around"
+                raise HealingError(f"{said} a text; use pooling='mean'")
+            starts = starts if special[0] == own else counts - 1
+            counts = np.ones_like(counts)
         places = (list(each[:, None]) for each in (one, starts, counts))
         aligned = Aligned(encoded, one, *places, len(one))
-        array = np.empty((len(layers), len(one), base.config.hidden_size), dtype=np.float32)
-        _fill(array, base, aligned, "mean", layers, max_tokens)
-        return array
+        return _states(base, aligned, "mean", max_tokens=max_tokens)
 
 
 @contextlib.contextmanager
@@ -139,22 +115,49 @@ def _reading(model: nn.Module, device: str | torch.device | None) -> Iterator[nn
             module.training = mode
 
 
-def _pick_layers(base: nn.Module, layers: Sequence[int] | None) -> list[int]:
-    """Indices into the hidden states, embeddings being 0."""
+def _states(
+    base: nn.Module, aligned: Aligned, aggregation: str, layers: Sequence[int] | None = None,
+    max_tokens: int | None = None, memory: int | None = None, progress: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """All words' states, (layers, words, hidden): float32 in memory, or where `memory` is given as
+    `compact_activations` keeps them."""
+    choose(aggregation, AGGREGATIONS, "aggregation")
     there = range(base.config.num_hidden_layers + 1)
-    chosen = list(there) if layers is None else list(layers)
-    if not chosen or any(layer not in there for layer in chosen):
-        raise HealingError(f"layers {chosen}: need some of 0 (the embeddings) to {there[-1]}")
-    return chosen
+    layers = list(there) if layers is None else list(layers)
+    if not layers or any(layer not in there for layer in layers):
+        raise HealingError(f"layers {layers}: need some of 0 (the embeddings) to {there[-1]}")
+    shape = len(layers), aligned.words, base.config.hidden_size
+    if max_tokens is None:
+        max_tokens = TOKENS_CPU if base.device.type == "cpu" else TOKENS_GPU
+    lengths = aligned.windows.lengths
+    chunks = aligned.before // (UNLIMITED if memory is None else CHUNK)
+    parts = [np.flatnonzero(chunks == number) for number in np.unique(chunks)]
 
+    def fill(array: np.ndarray) -> np.ndarray:
+        out = torch.from_numpy(array)
+        bar = Progress(aligned.words, "activations", unit="word") if progress else None
+        with bar or contextlib.nullcontext():
+            for windows in parts:
+                for batch in batches(lengths[windows], max_tokens):
+                    batch = windows[batch]
+                    values = _read(base, aligned, batch, aggregation, layers).cpu()
+                    if out.dtype == torch.float16:
+                        beyond = values.abs() > torch.finfo(out.dtype).max
+                        if (beyond & values.isfinite()).any():
+                            raise OverflowError
+                    rows = np.concatenate([aligned.rows[i] for i in batch])
+                    out[:, torch.from_numpy(rows)] = values.to(out.dtype)
+                    if bar:
+                        bar.update(len(rows))
+        return array
 
-def _align(base: nn.Module, tokenizer: Any, sentences: Sequence[Sequence[str]]) -> Aligned:
-    limit = max_positions(base, tokenizer)
-    aligned = align(tokenizer, sentences, limit)
-    if aligned.windowed:
-        said = f"{aligned.windowed} of {len(sentences)} sentences are longer than the model's "
-        warnings.warn(f"{said}{limit} tokens: computed in overlapping windows", stacklevel=3)
-    return aligned
+    if memory is None:
+        return fill(np.empty(shape, np.float32))
+    try:
+        return fill(_room(shape, np.float16, memory))
+    except OverflowError:
+        print("activations beyond float16's range: begun anew in float32", file=sys.stderr)
+    return fill(_room(shape, np.float32, memory))
 
 
 def _room(shape: tuple[int, ...], dtype: type, memory: int) -> np.ndarray:
@@ -172,39 +175,6 @@ def _room(shape: tuple[int, ...], dtype: type, memory: int) -> np.ndarray:
             f"cannot store {size / 1e9:.2f} GB of activations in a temporary file: "
             f"{error.strerror or error}; the variable TMPDIR names another folder for it"
         ) from error
-
-
-def _fill(
-    array: np.ndarray, base: nn.Module, aligned: Aligned, aggregation: str, layers: list[int],
-    max_tokens: int | None = None, chunk: int = UNLIMITED, progress: bool = False,
-) -> bool:  # fmt: skip
-    """Write all words' states into `array` (layers, words, hidden); False, and no further, where
-    a value is beyond the range of its float16.
-
-    Sentences that begin in the same `chunk` words are put into batches together.
-    """
-    if max_tokens is None:
-        max_tokens = TOKENS_CPU if base.device.type == "cpu" else TOKENS_GPU
-    bar = Progress(aligned.words, "activations", unit="word") if progress else None
-    lengths, chunks = aligned.windows.lengths, aligned.before // chunk
-    out = torch.from_numpy(array)
-    with bar or contextlib.nullcontext():
-        for number in np.unique(chunks):
-            windows = np.flatnonzero(chunks == number)
-            for batch in batches(lengths[windows], max_tokens):
-                batch = [i for i in windows[batch] if len(aligned.rows[i])]
-                if not batch:
-                    continue
-                values = _states(base, aligned, batch, aggregation, layers).cpu()
-                if out.dtype == torch.float16:
-                    beyond = values.abs() > torch.finfo(out.dtype).max
-                    if (beyond & values.isfinite()).any():
-                        return False
-                rows = np.concatenate([aligned.rows[i] for i in batch])
-                out[:, torch.from_numpy(rows)] = values.to(out.dtype)
-                if bar:
-                    bar.update(len(rows))
-    return True
 
 
 def batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
@@ -229,20 +199,16 @@ def batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     return found[::-1]
 
 
-def _states(
-    base: nn.Module, aligned: Aligned, batch: list[int], aggregation: str, layers: list[int]
+def _read(
+    base: nn.Module, aligned: Aligned, batch: np.ndarray, aggregation: str, layers: list[int]
 ) -> torch.Tensor:
-    """The batch's words in every layer, each the mean of its subwords that the aggregation reads,
-    float32 (layers, words, hidden)."""
-    lengths = [len(aligned.windows.ids[i]) for i in batch]
-    longest, left = max(lengths), aligned.windows.pad[2] == "left"
-    # Where each word begins once the batch is padded and laid out flat: (words,).
-    starts = np.concatenate(
-        [
-            aligned.starts[i] + row * longest + (longest - lengths[row] if left else 0)
-            for row, i in enumerate(batch)
-        ]
-    )
+    """The batch's words in every layer, float32 (layers, words, hidden)."""
+    lengths = np.array([len(aligned.windows.ids[i]) for i in batch])
+    # Where each window begins, and then each word, once the batch is padded and laid out flat.
+    begins = np.arange(len(batch)) * lengths.max()
+    if aligned.windows.pad[2] == "left":
+        begins += lengths.max() - lengths
+    starts = np.concatenate([b + aligned.starts[i] for b, i in zip(begins, batch, strict=True)])
     counts = np.concatenate([aligned.counts[i] for i in batch])
     if aggregation == "last":
         starts = starts + counts - 1

@@ -1,15 +1,15 @@
 """Single neurons: which of them carry a property, and does the model use them?
 
-A *neuron* is one unit of one hidden state, written (layer, index); layer 0 is the embeddings. That
-a probe reads a property from neurons shows that it is there, not that the model uses it (Antverg
-and Belinkov 2022): for that there is `ablate`.
+A *neuron* is one unit of one hidden state, written (layer, index); layer 0 is the embeddings. What
+a probe reads from neurons need not be used (Antverg and Belinkov 2022): for that there is `ablate`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -19,114 +19,53 @@ import torch
 from torch import nn
 
 from healing_utils.base.errors import HealingError, choose
-from healing_utils.healing.encoders import encoder_layers
+from healing_utils.healing.encoders import layer_stack
 from healing_utils.healing.training import evaluate
-from healing_utils.probing.probes import Probes, column, fit_probes, held_out, shape_of
+from healing_utils.probing.probes import Probes, Words, column, fit_probes, held_out, labelled
 
 Neuron = tuple[int, int]
 
 METHODS = ("lca", "probeless", "gaussian")
 WHICH = ("top", "random", "bottom")
 BLOCK = 64  # words whose densities under every class fit into a processor's cache
-# Of the probes here. With the ridge ten times the lasso they converge several times as fast at the
-# same accuracy (CoNLL-2000 chunks, MiniLM-L6).
-L1, L2 = 1e-3, 1e-2
-# Of a probe whose weights are ranked. An accuracy stands still before the order of weights does:
-# over the model organism's 448 neurons the minimal set still moved between 1e-3 and 1e-4.
+L1, L2 = 1e-3, 1e-2  # with the ridge ten times the lasso probes converge several times as fast
+# Of a probe whose weights are ranked: over the model organism's 448 neurons the minimal set still
+# moved between 1e-3 and 1e-4, where an accuracy has long stood still.
 TOLERANCE = 1e-4
 
 
-# --- Words and their neurons ----------------------------------------------------------------------
+def _all_of(words: Words) -> list[Neuron]:
+    layers, _, hidden = words.activations.shape
+    return [(layer, unit) for layer in range(layers) for unit in range(hidden)]
 
 
-@dataclass(frozen=True)
-class _Words:
-    """Activations (layers, words, hidden) and class ids (words,); those at `rows` are meant."""
-
-    activations: np.ndarray
-    ids: np.ndarray
-    rows: np.ndarray
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.ids[self.rows]
-
-    @property
-    def neurons(self) -> list[Neuron]:
-        layers, _, hidden = self.activations.shape
-        return [(i, j) for i in range(layers) for j in range(hidden)]
-
-    def features(self, neurons: Sequence[Neuron]) -> np.ndarray:
-        """The activations of `neurons`, in their order, as one probe's: (1, words, neurons). Of a
-        memory map only what is asked for is held."""
-        places = np.asarray(neurons)
-        features = np.empty((1, len(self.rows), len(places)), dtype=self.activations.dtype)
-        for layer in np.unique(places[:, 0]):
-            at = np.flatnonzero(places[:, 0] == layer)
-            features[0][:, at] = self.activations[layer][self.rows[:, None], places[at, 1]]
-        return features
+def _features(words: Words, neurons: Sequence[Neuron]) -> torch.Tensor:
+    """The activations of `neurons`, ascending, as one probe's: float32 (words, neurons)."""
+    layers, units = np.asarray(neurons).T
+    out = torch.empty(len(words.ids), len(neurons))
+    for layer in np.unique(layers):
+        at = np.flatnonzero(layers == layer)
+        out[:, at[0] : at[-1] + 1] = words.features(layer, units[at])
+    return out
 
 
-def _words(
-    activations: Any, labels: Sequence[Any], names: np.ndarray, trained: _Words | None = None
-) -> _Words:
-    """Labels become ids of the classes `names`; those of test words, for a probe `trained` on
-    others, may be none of them: -1."""
-    what, activations = "" if trained is None else "test ", np.asanyarray(activations)
-    like = None if trained is None else trained.activations.shape
-    words = shape_of(activations, f"{what}activations", like)[1]
-    labels = column(labels, words, f"{what}labels")
-    for number, layer in enumerate(activations):
-        if not np.isfinite(layer).all():
-            raise HealingError(f"{what}activations of layer {number} hold values not finite")
-    number = {name: i for i, name in enumerate(names.tolist())}
-    ids = np.array([number.get(label, -1) for label in labels.tolist()])
-    if trained is None and (ids < 0).any():
-        known = ", ".join(map(str, names[:10]))
-        raise HealingError(f"label {labels[ids < 0][0]!s} is not among the classes: {known}")
-    if trained is None and len(np.unique(ids)) < 2:
-        raise HealingError(f"all words have the label {labels[0]!s}: nothing to tell apart")
-    return _Words(activations, ids, np.arange(words))
-
-
-def _checked_neurons(neurons: Iterable[Neuron], layers: int, hidden: int) -> list[Neuron]:
-    neurons = [(int(layer), int(index)) for layer, index in neurons]
-    for layer, index in neurons:
-        if not (0 <= layer < layers and 0 <= index < hidden):
-            there = f"layers from 0 (the embeddings) to {layers - 1}, units from 0 to {hidden - 1}"
-            raise HealingError(f"there is no neuron {(layer, index)}: {there}")
-    if len(set(neurons)) < len(neurons):
-        raise HealingError("a neuron is named twice")
-    return neurons
-
-
-def _fit(
-    words: _Words, neurons: Sequence[Neuron], fitting: dict[str, Any]
-) -> tuple[Probes, Callable[[_Words], float]]:
-    """One probe over `neurons`, and its accuracy on other words."""
+def _fit(words: Words, neurons: Sequence[Neuron], fitting: dict[str, Any]) -> Probes:
     # A split may hold no word of a class, whose free bias would have no optimum.
-    present, dense = np.unique(words.labels, return_inverse=True)
-    probe = fit_probes(words.features(neurons), dense, len(present), **fitting)
-
-    def accuracy(test: _Words) -> float:
-        answers = present[probe.predict(test.features(neurons))[0]]
-        return float(np.mean(answers == test.labels))
-
-    return probe, accuracy
+    present, dense = np.unique(words.ids, return_inverse=True)
+    return fit_probes(_features(words, neurons), dense, len(present), **fitting)
 
 
 def _accuracy(
-    train: _Words, test: _Words, neurons: Sequence[Neuron], fitting: dict[str, Any]
-) -> float:
+    train: Words, test: Words, neurons: Sequence[Neuron], fitting: dict[str, Any],
+    probe: Probes | None = None,
+) -> float:  # fmt: skip
     """Of a probe on these neurons; without any it answers the most frequent training label."""
     if not len(neurons):
-        return float(np.mean(test.labels == np.bincount(train.labels).argmax()))
-    # In the order of the layers, so that a set of neurons has one accuracy however it was ranked.
-    neurons = sorted(neurons)
-    return _fit(train, neurons, fitting)[1](test)
-
-
-# --- Ranking --------------------------------------------------------------------------------------
+        return float(np.mean(test.ids == np.bincount(train.ids).argmax()))
+    neurons = sorted(neurons)  # so that a set has one accuracy, however it was ranked
+    probe = probe or _fit(train, neurons, fitting)
+    answers = probe.scores(_features(test, neurons))[0].argmax(dim=-1).numpy()
+    return float(np.mean(np.unique(train.ids)[answers] == test.ids))
 
 
 def rank_neurons(
@@ -136,55 +75,47 @@ def rank_neurons(
 ) -> list[Neuron]:  # fmt: skip
     """All neurons, strongest first, each once; the same list on every run.
 
-    `activations` (layers, words, hidden), `labels` (words,); `classes` are the distinct labels
-    unless given. The methods are those that Antverg and Belinkov (2022) compare:
+    `activations` (layers, words, hidden), `labels` (words,) of `classes`. The methods are those
+    that Antverg and Belinkov (2022) compare:
 
-    - ``lca``, Linguistic Correlation Analysis (Dalvi et al. 2019): one elastic-net probe
-      (`fit_probes`, to `TOLERANCE` unless `fitting` says otherwise) over the neurons of all layers,
-      ranked by `rank_weights`, which alone needs the `seed`.
-    - ``probeless`` (Antverg and Belinkov 2022): the sum over pairs of classes of the absolute
-      difference of the class means, over the neuron's standard deviation.
-    - ``gaussian``: the first step of the greedy search of Torroba Hennigen et al. (2020): the mean
-      over the words of log p(label | neuron) - log p(label), in nats, the neurons of a class being
-      Gaussian. As a prior that keeps rare classes from shrinking to a point the variance over all
-      words counts as one more word of every class.
+    - ``lca``, Linguistic Correlation Analysis (Dalvi et al. 2019): `rank_weights` of an elastic-net
+      probe over the neurons of all layers, by default to `TOLERANCE`; it alone needs the `seed`.
+    - ``probeless``: the sum over pairs of classes of the absolute difference of the class means,
+      over the neuron's standard deviation.
+    - ``gaussian``, the first step of Torroba Hennigen et al. (2020): the mean over the words of
+      log p(label | neuron) - log p(label), in nats, the neurons of a class being Gaussian, with the
+      variance over all words as one more word of every class.
 
-    The last two look at each neuron by itself: two copies of a signal (the residual stream makes
-    one in every layer) stand side by side, where the elastic net shares or drops. Their ties fall
-    by (layer, index). Raises HealingError for shapes that do not match, values that are not finite,
-    fewer than two classes and a label outside `classes`.
+    Raises HealingError for shapes that do not match, values that are not finite, fewer than two
+    classes and a label outside `classes`.
     """
-    names = np.unique(np.asarray(labels)) if classes is None else np.asarray(classes)
-    fitting = {"l1": l1, "l2": l2, "device": device, **fitting}
-    return _rank(_words(activations, labels, names), method, seed, fitting)
+    words = labelled(np.asanyarray(activations), labels, classes=classes)
+    return _rank(words, method, seed, {"penalties": [(l1, l2)], "device": device, **fitting})
 
 
 def _rank(
-    words: _Words, method: str, seed: int, fitting: dict[str, Any], probe: Probes | None = None
+    words: Words, method: str, seed: int, fitting: dict[str, Any], probe: Probes | None = None
 ) -> list[Neuron]:
     """`rank_neurons`, with the probe over all of them where there is one."""
     choose(method, METHODS, "ranking method")
+    neurons = _all_of(words)
     if method == "lca":
-        if probe is None:
-            probe, _ = _fit(words, words.neurons, {"tolerance": TOLERANCE, **fitting})
-        order = rank_weights(probe.weight[0], seed=seed)
+        probe = probe or _fit(words, neurons, {"tolerance": TOLERANCE, **fitting})
+        order = rank_weights(probe.weight[0].cpu(), seed=seed)
     else:
         score = probeless if method == "probeless" else gaussian
-        scores = [score(layer[words.rows], words.labels) for layer in words.activations]
+        layers = range(len(words.activations))
+        scores = [score(words.features(layer).numpy(), words.ids) for layer in layers]
         order = np.argsort(-np.concatenate(scores), kind="stable")
-    neurons = words.neurons
-    return [neurons[feature] for feature in order]
+    return [neurons[place] for place in order]
 
 
 def rank_weights(weight: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The features of a linear probe, strongest first: a permutation of them, (features,).
+    """The features of a linear probe, strongest first, (features,); `weight` (classes, features).
 
-    `weight` (classes, features). A class's *mass* is the sum of its absolute weights; its top set
-    at share p is the smallest set of its heaviest features that holds more than p of it. So a
-    feature *enters* at the share that strictly heavier ones hold. p is swept from 0 to 1 (Dalvi et
-    al. 2019 sweep it in steps; this is the limit of small ones), and a feature's place is the
-    smallest share at which it enters for any class that has weights. Ties (at 0 there are as many
-    as classes) fall by the largest share of a class's mass that the feature itself holds, then by
+    A feature *enters* at the share of a class's absolute weights that strictly heavier ones hold:
+    the limit of small steps of the sweep of Dalvi et al. (2019). Its place is the smallest share at
+    which it enters for any class; ties fall by the largest share that it holds itself, then by
     position. Features that are zero in every class come last, in a random order drawn from `seed`:
     by position the bottom of the ranking would be one layer.
     """
@@ -235,8 +166,8 @@ def gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of `x` (words, hidden): class means, relative to that of all words, and variances, each
-    (classes, hidden), the variance over all words (hidden,), exactly 0 for a neuron that never
-    changes, and class sizes (classes, 1). Classes without words are left out."""
+    (classes, hidden), the variance over all words, 0 for a neuron that never changes, and class
+    sizes (classes, 1)."""
     x = np.asarray(x, dtype=np.float64)
     x = x - x.mean(axis=0)
     member = (y[None, :] == np.unique(y)[:, None]).astype(np.float64)  # (classes, words)
@@ -250,34 +181,27 @@ def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 def ranking_agreement(
     rankings: Mapping[str, Sequence[Neuron]], sizes: Sequence[int] = (10, 100)
 ) -> pd.DataFrame:
-    """How alike rankings of the same neurons are: one row a pair of them.
-
-    Columns: ``first``, ``second``; ``spearman``, over all neurons, which the random order of those
-    that an elastic net sets to zero draws towards 0; for every k of `sizes` below the number of
-    neurons ``overlap_k``, the share of one's top k in the other's (chance: k / neurons).
-    """
+    """How alike rankings of the same neurons are: one row a pair, ``first`` and ``second``, with
+    ``spearman`` over all neurons (the random order of those that an elastic net sets to zero draws
+    it towards 0) and for every k of `sizes` ``overlap_k``, the share of one's top k in the other's
+    (chance: k / neurons)."""
     from scipy.stats import spearmanr
 
     one, common = next((name, sorted(ranking)) for name, ranking in rankings.items())
     places = {}
     for name, ranking in rankings.items():
-        at = {tuple(neuron): i for i, neuron in enumerate(ranking)}
-        if sorted(ranking) != common or len(at) < len(common):
+        if sorted(ranking) != common:
             raise HealingError(f"ranking {name!r} does not hold each neuron of {one!r} once")
+        at = {neuron: i for i, neuron in enumerate(ranking)}
         places[name] = np.array([at[neuron] for neuron in common])
     rows = []
-    for first, second in combinations(rankings, 2):
-        spearman = float(spearmanr(places[first], places[second]).statistic)
-        row: dict[str, Any] = {"first": first, "second": second, "spearman": spearman}
+    for (first, a), (second, b) in combinations(places.items(), 2):
+        row = {"first": first, "second": second, "spearman": float(spearmanr(a, b).statistic)}
         for k in sizes:
             if 0 < k < len(common):
-                shared = (places[first] < k) & (places[second] < k)
-                row[f"overlap_{k}"] = float(shared.sum() / k)
+                row[f"overlap_{k}"] = float(((a < k) & (b < k)).sum() / k)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-# --- How many are enough --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -307,25 +231,23 @@ def minimal_neurons(
 
     After Durrani et al. (2021). A `dev_share` of the `groups` (words,), such as sentences, is drawn
     by `seed` and held out whole: it judges the probes of the search, which like the ranking see the
-    other words only. The search goes from k = 0 (the most frequent label) over 1, 2, 4, ... to all
-    neurons until one is within `delta`, in absolute accuracy, then bisects between it and the last
-    that was not. Accuracy need not rise with k, so between two sizes that were tried a smaller one
-    may hide. Then probes on all neurons and on the k are trained on all words, dev included, and
-    scored once on test, where labels that never occur in training count as errors. Raises
-    HealingError as `rank_neurons` does, and where there is nothing to hold out.
+    other words only. The search tries k = 0 (the most frequent label), 1, 2, 4, ... until one is
+    within `delta`, in absolute accuracy, then bisects; accuracy need not rise with k, so a smaller
+    one may hide. Probes on all neurons and on the k are then trained on all words and scored once
+    on test, where an unknown label counts as an error. Raises HealingError as `rank_neurons` does,
+    and where there is nothing to hold out.
     """
-    names = np.unique(np.asarray(labels))
-    words = _words(activations, labels, names)
-    test = _words(test_activations, test_labels, names, words)
+    words = labelled(np.asanyarray(activations), labels)
+    test = labelled(np.asanyarray(test_activations), test_labels, words)
     if not 0 <= delta < 1:
         raise HealingError(f"delta {delta!r} is not an accuracy to lose: from 0 to below 1")
     held = held_out(column(groups, len(words.ids), "groups"), dev_share, seed)
-    inner, dev = (replace(words, rows=np.flatnonzero(rows)) for rows in (~held, held))
-    if len(np.unique(inner.labels)) < 2:
+    inner, dev = words.at(~held), words.at(held)
+    if len(np.unique(inner.ids)) < 2:
         raise HealingError("what is left to train on after holding out words has one label only")
-    fitting = {"l1": l1, "l2": l2, "device": device, **fitting}
-    probe, accuracy = _fit(inner, words.neurons, {"tolerance": TOLERANCE, **fitting})
-    full = accuracy(dev)
+    fitting = {"penalties": [(l1, l2)], "device": device, **fitting}
+    probe = _fit(inner, _all_of(words), {"tolerance": TOLERANCE, **fitting})
+    full = _accuracy(inner, dev, _all_of(words), fitting, probe)
     ranking = _rank(inner, method, seed, fitting, probe)
     searched = {len(ranking): full}
 
@@ -334,10 +256,9 @@ def minimal_neurons(
             searched[k] = _accuracy(inner, dev, ranking[:k], fitting)
         return searched[k] >= full - delta - 1e-9  # rounding is no loss of accuracy
 
-    grid = [0, *(2**i for i in range(len(ranking).bit_length()) if 2**i < len(ranking))]
-    grid.append(len(ranking))
-    high = next(i for i, k in enumerate(grid) if enough(k))
-    low, k = (grid[high - 1] if high else -1), grid[high]
+    low, k = -1, 0
+    while not enough(k):
+        low, k = k, min(max(2 * k, 1), len(ranking))
     while k - low > 1:
         middle = (low + k) // 2
         low, k = (low, middle) if enough(middle) else (middle, k)
@@ -353,27 +274,37 @@ def minimal_neurons(
 def accuracy_curve(
     activations: np.ndarray, labels: Sequence[Any], test_activations: np.ndarray,
     test_labels: Sequence[Any], ranking: Sequence[Neuron], sizes: Iterable[int], *,
-    l1: float = L1, l2: float = L2, seed: int = 0, device: str | torch.device | None = None,
-    **fitting: Any,
+    seed: int = 0, **fitting: Any,
 ) -> pd.DataFrame:  # fmt: skip
-    """Test accuracy of a probe retrained on k neurons: the first, the last, and k at random.
+    """Test accuracy of a probe retrained on k neurons, ``k which accuracy``: the first, the last,
+    and k at random, as `by_size` takes them."""
+    words = labelled(np.asanyarray(activations), labels)
+    test = labelled(np.asanyarray(test_activations), test_labels, words)
+    fitting = {"penalties": [(L1, L2)], **fitting}
 
-    Columns ``k which accuracy``, `which` one of `WHICH`. The random neurons depend on `seed` only,
-    not on the order of the ranking, and those of a smaller k are among those of a larger one.
-    """
-    names = np.unique(np.asarray(labels))
-    words = _words(activations, labels, names)
-    test = _words(test_activations, test_labels, names, words)
-    ranking = _checked_neurons(ranking, len(words.activations), words.activations.shape[2])
-    fitting = {"l1": l1, "l2": l2, "device": device, **fitting}
-    known: dict[tuple[Neuron, ...], float] = {}  # all neurons are one probe, whichever way taken
-    rows = []
-    for k, which, neurons in picks(ranking, sizes, seed):
-        key = tuple(sorted(neurons))
-        if key not in known:
-            known[key] = _accuracy(words, test, key, fitting)
-        rows.append({"k": k, "which": which, "accuracy": known[key]})
-    return pd.DataFrame(rows, columns=["k", "which", "accuracy"])
+    @functools.cache  # all neurons are one probe, whichever way taken
+    def accuracy(neurons: tuple[Neuron, ...]) -> dict[str, float]:
+        return {"accuracy": _accuracy(words, test, neurons, fitting)}
+
+    return by_size(ranking, sizes, seed, lambda neurons: accuracy(tuple(sorted(neurons))))
+
+
+def by_size(
+    ranking: Sequence[Neuron], sizes: Iterable[int], seed: int,
+    scores: Callable[[list[Neuron]], dict[str, float]],
+) -> pd.DataFrame:  # fmt: skip
+    """The `scores` of the first, the last and k random neurons, a row ``k which`` each. The random
+    ones hang on `seed` only, and those of a smaller k are among those of a larger one."""
+    ranking, common, rows = list(ranking), sorted(ranking), []
+    order = np.random.default_rng(seed).permutation(len(ranking))
+    shuffled = [common[place] for place in order]
+    for k in sizes:
+        if not 0 <= k <= len(ranking):
+            raise HealingError(f"cannot take {k} of {len(ranking)} ranked neurons")
+        taken = ranking[:k], shuffled[:k], ranking[len(ranking) - k :]
+        for which, neurons in zip(WHICH, taken, strict=True):
+            rows.append({"k": k, "which": which, **scores(neurons)})
+    return pd.DataFrame(rows)
 
 
 def center_of_mass(by_layer: Sequence[float]) -> float:
@@ -385,115 +316,65 @@ def center_of_mass(by_layer: Sequence[float]) -> float:
     return float(counts @ np.linspace(0, 1, len(counts)) / counts.sum())
 
 
-def picks(
-    ranking: Sequence[Neuron], sizes: Iterable[int], seed: int
-) -> Iterator[tuple[int, str, list[Neuron]]]:
-    """(k, which, the neurons) for every k of `sizes` and every one of `WHICH`."""
-    ranking = list(ranking)
-    shuffled = sorted(ranking)
-    order = np.random.default_rng(seed).permutation(len(shuffled))
-    for k in sizes:
-        if not 0 <= k <= len(ranking):
-            raise HealingError(f"cannot take {k} of {len(ranking)} ranked neurons")
-        yield k, "top", ranking[:k]
-        yield k, "random", [shuffled[i] for i in order[:k]]
-        yield k, "bottom", ranking[len(ranking) - k :]
-
-
-# --- Does the model use them? ---------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def ablate(
     model: nn.Module, neurons: Iterable[Neuron], values: np.ndarray | None = None
 ) -> Iterator[None]:
-    """Within this context every forward pass of `model` has these neurons at zero, or at `values`.
-
-    `values` (layers + 1, hidden), for instance each neuron's mean activation, are read at `neurons`
-    only. Works on every encoder of `encoder_layers`, with or without a task head, and in training.
+    """Within this context every forward pass of `model` has these neurons at zero, or at `values`
+    (layers + 1, hidden), for instance each neuron's mean activation.
 
     Neuron (i, j) is unit j of ``hidden_states[i]`` as the model reports them: of what encoder layer
     i (from 0) takes in, and for the last i of what leaves the stack, in ModernBERT by its final
-    norm. Whoever else reads that state sees it ablated too. Raises HealingError for a neuron that
-    the model does not have and values of another shape.
+    norm. Raises HealingError for a neuron that the model does not have and values of another shape.
     """
-    layers = encoder_layers(model)
-    shape = (len(layers) + 1, model.config.hidden_size)
+    stack = layer_stack(model)
+    shape = (len(stack) + 1, model.config.hidden_size)
     values = np.zeros(shape, np.float32) if values is None else np.asarray(values, np.float32)
     if values.shape != shape:
         raise HealingError(f"values to ablate to have shape {values.shape}; need {shape}")
-    units: dict[int, list[int]] = {}
-    for layer, index in _checked_neurons(neurons, *shape):
-        units.setdefault(layer, []).append(index)
-    with contextlib.ExitStack() as stack:
-        for layer, indices in units.items():
-            index, value = torch.tensor(indices), torch.from_numpy(values[layer][indices])
-            if layer < len(layers):
-                handles = _ablate_input(layers[layer], index, value)
+    places = np.asarray(list(neurons), dtype=np.int64).reshape(-1, 2)
+    for layer, unit in places[((places < 0) | (places >= shape)).any(axis=1)].tolist():
+        there = f"layers 0 (the embeddings) to {len(stack)}, units 0 to {shape[1] - 1}"
+        raise HealingError(f"there is no neuron {(layer, unit)}: {there}")
+    if len(np.unique(places, axis=0)) < len(places):
+        raise HealingError("a neuron is named twice")
+    # What gives the last state: the holder of the stack, with a final norm of its own (ModernBERT),
+    # or (RoBERTa-PreLayerNorm) a norm of the model behind it.
+    base = getattr(model, "base_model", model)
+    last = next(m for m in base.modules() if any(child is stack for child in m.children()))
+    if last is not base:
+        last = [last, *(m for m in base.children() if "norm" in type(m).__name__.lower())][-1]
+
+    def change(layer: int, units: np.ndarray, _: nn.Module, args: tuple, given: Any) -> None:
+        """Before a layer `given` is what it takes in by name; behind the last, what it gave."""
+        if layer < len(stack):
+            states = [args[0] if args else given["hidden_states"]]
+        else:  # XLNet records a copy
+            recorded = getattr(given, "hidden_states", None) or ()
+            states = [given if torch.is_tensor(given) else given[0], *recorded[-1:]]
+        for hidden in states:  # batch and length may stand in any order
+            hidden[..., units] = torch.from_numpy(values[layer, units]).to(hidden)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in np.unique(places[:, 0]).tolist():
+            hook = functools.partial(change, layer, places[places[:, 0] == layer, 1])
+            if layer < len(stack):
+                handle = stack[layer].register_forward_pre_hook(hook, with_kwargs=True)
             else:
-                handles = _ablate_output(model, layers, index, value)
-            for handle in handles:
-                stack.callback(handle.remove)
+                handle = last.register_forward_hook(hook, prepend=True)
+            hooks.callback(handle.remove)
         yield
-
-
-def _put(hidden: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> None:
-    """Units `index` of the last axis become `value`; batch and length may stand in any order."""
-    hidden[..., index.to(hidden.device)] = value.to(hidden)
-
-
-def _ablate_input(layer: nn.Module, index: torch.Tensor, value: torch.Tensor) -> list[Any]:
-    def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        _put(args[0] if args else kwargs["hidden_states"], index, value)
-
-    return [layer.register_forward_pre_hook(before, with_kwargs=True)]
-
-
-def _ablate_output(
-    model: nn.Module, layers: list[nn.Module], index: torch.Tensor, value: torch.Tensor
-) -> list[Any]:
-    """Ablate what leaves the stack: the last layer's output, or what a final norm makes of it.
-
-    That a norm outside the layers is a final one (DeBERTa's is not) shows when it is handed that
-    very tensor: it gets the units back and is ablated behind.
-    """
-    last: dict[str, torch.Tensor] = {}
-
-    def after_layer(_: nn.Module, args: tuple, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        last.update(hidden=hidden, units=hidden[..., index.to(hidden.device)].clone())
-        _put(hidden, index, value)
-
-    def before_norm(_: nn.Module, args: tuple) -> None:
-        if args and args[0] is last.get("hidden"):
-            _put(args[0], index, last["units"])
-
-    def after_norm(_: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if args and args[0] is last.get("hidden"):
-            _put(output, index, value)
-
-    inside = {module for layer in layers for module in layer.modules()}
-    # A head may begin with a norm of its own, which must see the ablated state.
-    outside = [m for m in getattr(model, "base_model", model).modules() if m not in inside]
-    norms = [module for module in outside if "norm" in type(module).__name__.lower()]
-    return [
-        layers[-1].register_forward_hook(after_layer, prepend=True),
-        *(norm.register_forward_pre_hook(before_norm) for norm in norms),
-        *(norm.register_forward_hook(after_norm, prepend=True) for norm in norms),
-    ]
 
 
 def ablation_scores(
     model: nn.Module, data: Any, ranking: Sequence[Neuron], sizes: Iterable[int], *,
     values: np.ndarray | None = None, seed: int = 0, **settings: Any,
 ) -> pd.DataFrame:  # fmt: skip
-    """The task's scores with the first, the last, and k random neurons ablated.
+    """The task's scores, those of ``evaluate(model, data, **settings)``, with neurons ablated as
+    `by_size` takes them; `values` as in `ablate`."""
 
-    Columns ``k which``, as in `accuracy_curve`, and the scores of ``evaluate(model, data,
-    **settings)``; `values` as in `ablate`.
-    """
-    rows = []
-    for k, which, neurons in picks(ranking, sizes, seed):
+    def scores(neurons: list[Neuron]) -> dict[str, float]:
         with ablate(model, neurons, values):
-            rows.append({"k": k, "which": which, **evaluate(model, data, **settings)})
-    return pd.DataFrame(rows)
+            return evaluate(model, data, **settings)
+
+    return by_size(ranking, sizes, seed, scores)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from typing import Any
 
 import pandas as pd
@@ -23,9 +22,8 @@ def show_table(frame: pd.DataFrame, caption: str = "", digits: int = 3) -> None:
     from IPython.display import display
 
     def text(value: Any) -> str:
-        if isinstance(value, float):
-            return "–" if math.isnan(value) else f"{value:.{digits}f}"
-        return "–" if value is None else str(value)
+        shown = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        return "–" if shown in ("nan", "None") else shown
 
     shown = frame.assign(level=frame["level"].map(share)) if "level" in frame else frame
     names = [str(name).replace("_", " ") for name in shown.columns]
@@ -47,10 +45,7 @@ def show_table(frame: pd.DataFrame, caption: str = "", digits: int = 3) -> None:
 
 def with_interval(summary: pd.DataFrame, name: str, digits: int = 3) -> list[str]:
     """``mean [low, high]`` of a column of `recovery.summary`, as text."""
-
-    def text(mean: float, low: float, high: float) -> str:
-        if math.isnan(low):
-            return "–" if math.isnan(mean) else f"{mean:.{digits}f}"
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-    return [text(*row) for row in summary[[name, f"{name}_low", f"{name}_high"]].to_numpy()]
+    rows = summary[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+    texts = [[f"{x:.{digits}f}" for x in row] for row in rows]
+    texts = [mean if low == "nan" else f"{mean} [{low}, {high}]" for mean, low, high in texts]
+    return ["–" if text == "nan" else text for text in texts]

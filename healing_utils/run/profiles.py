@@ -1,12 +1,10 @@
-"""What a run is: a profile, the folder that it goes to, and a share of its cells."""
+"""What a run is: notebooks, a profile of their parameters, a folder, and a share of the cells."""
 
-from __future__ import annotations
-
+import ast
 import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,94 +12,85 @@ import yaml
 
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.paths import run_folder
-from healing_utils.base.records import write_atomically
-from healing_utils.run.notebooks import folder as notebook_folder
+from healing_utils.base.records import read_json
 from healing_utils.study.parameters import read_parameters
 
-NOT_COMPARED = ("run", "device")  # where a run lies and what it runs on do not make it another run
+
+def notebook_folder() -> Path:
+    """The folder with the notebooks and profiles: the checkout's, else the installed copy."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "notebooks"
+    return checkout if (checkout / "profiles").is_dir() else package / "_notebooks"
 
 
-def read_profile(profile: str | Path) -> tuple[str, dict[str, Any]]:
-    """Name and parameters of a profile, given by its name or as the path of a YAML file.
+def sequence(models: Iterable[str]) -> list[Path]:
+    """The notebooks to run, in order: that of the organism only where it is among the models."""
+    found = sorted(notebook_folder().glob("[0-9][0-9]_*.ipynb"))
+    return [path for path in found if "organism" in models or path.stem != "00_model_organism"]
 
-    Raises HealingError if there is no such profile or it is not a flat mapping.
-    """
+
+def declared_parameters(path: Path) -> dict[str, Any]:
+    """The parameters that a notebook declares, with their defaults: read as Python, as papermill's
+    own inspection goes by lines. Raises HealingError if their cell holds anything but literals."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    try:
+        source = "".join(text for cell in tagged for text in cell["source"])
+        return dict(map(_assignment, ast.parse(source).body))
+    except (ValueError, SyntaxError) as error:
+        raise HealingError(f"in the parameters cell of {path}, {error}") from error
+
+
+def _assignment(node: ast.stmt) -> tuple[str, Any]:
+    match node:
+        case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value):
+            with contextlib.suppress(ValueError):
+                return name, ast.literal_eval(value)
+    raise ValueError(f"line {node.lineno} is not one name and a plain literal")
+
+
+def read_profile(profile: str | Path) -> dict[str, Any]:
+    """The parameters of a profile, given by its name or as the path of a YAML file. Raises
+    HealingError if there is no such profile or it is not a flat mapping."""
     path = Path(profile)
     if path.suffix not in (".yaml", ".yml"):
         profiles = {p.stem: p for p in sorted(notebook_folder().glob("profiles/*.y*ml"))}
         path = profiles[choose(str(profile), profiles, "profile")]
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise HealingError(f"cannot read the profile {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HealingError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    values = {} if values is None else values
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise HealingError(f"cannot read the profile {path} as YAML: {why}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise HealingError(f"{path} must hold one 'name: value' a line")
-    return path.stem, values
+    return {"run": f"data/runs/{path.stem}", **values}
 
 
-def settle(
-    profile: str | Path, out: str | Path | None, overrides: Iterable[tuple[str, Any]]
-) -> tuple[str, dict[str, Any]]:
-    """A profile's name, and its parameters with `overrides` on top, checked; `run` is the absolute
-    folder `out`, or the profile's own. Raises HealingError for a wrong name or value, and where the
-    folder holds a run with other parameters."""
-    name, given = read_profile(profile)
-    parameters = read_parameters({"run": f"data/runs/{name}", **given, **dict(overrides)})
+def settle(profile: str | Path, out: str | Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A profile's parameters with the `given` on top, checked; `run` is the absolute folder `out`,
+    or the profile's own. Raises HealingError for a wrong name or value, and where the folder holds
+    a run with other parameters."""
+    parameters = read_parameters({**read_profile(profile), **given})
     target = Path(out).absolute() if out else run_folder(parameters["run"])
-    parameters = json.loads(json.dumps({**parameters, "run": str(target)}))
+    parameters["run"] = str(target)
     path = target / "parameters.json"
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise HealingError(f"{path} is not JSON ({error}); remove it to go on") from error
-        # A parameter that came after that run has its default there.
-        with contextlib.suppress(HealingError):
-            stored = json.loads(json.dumps(read_parameters(stored)))
-        names = sorted((stored.keys() | parameters.keys()) - set(NOT_COMPARED))
-        differ = [n for n in names if stored.get(n) != parameters.get(n)]
-        if differ:
-            shown = "; ".join(
-                f"{n} {stored.get(n)!r} there, {parameters.get(n)!r} now" for n in differ
-            )
+    there = read_json(path)
+    if path.exists() and not there:
+        raise HealingError(f"{path} cannot be read; remove it to go on")
+    # What that run did not know yet has its default there.
+    for n, value in {**read_parameters({}), **there}.items() if there else ():
+        if n not in ("run", "device") and value != parameters.get(n):  # those make no other run
             raise HealingError(
-                f"{target} holds a run with other parameters ({shown}); choose another --out"
+                f"{target} holds a run with other parameters ({n} {value!r} there, "
+                f"{parameters.get(n)!r} now); choose another --out"
             )
-    return name, parameters
+    return parameters
 
 
-def make_folder(parameters: Mapping[str, Any]) -> Path:
-    """Make a run's folder, with its parameters in it."""
-    target = Path(parameters["run"])
-    try:
-        (target / "notebooks").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HealingError(f"cannot make the folder {target}: {error.strerror}") from error
-    write_atomically(target / "parameters.json", json.dumps(dict(parameters), indent=2) + "\n")
-    return target
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Share `index` (from 1) of `count`: a cell's key alone decides whose it is, so that machines
-    that never speak to each other agree, whatever each has done already."""
-
-    index: int = 1
-    count: int = 1
-
-    @classmethod
-    def read(cls, text: str) -> Shard:
-        """``2/8``. Raises HealingError for anything else."""
-        found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
-        if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise HealingError(f"shard {text!r} must be i/n with i from 1 to n, such as 2/8")
-        return cls(int(found[1]), int(found[2]))
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-    def has(self, cell: Any) -> bool:
-        return int(cell.key, 16) % self.count == self.index - 1
+def share(cells: list[Any], shard: str | None) -> list[Any]:
+    """Those of the cells that are of a shard, ``2/8``; None is all. A cell's key alone decides, so
+    that machines that never speak to each other agree. Raises HealingError for any other text."""
+    found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", "1/1" if shard is None else shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise HealingError(f"shard {shard!r} must be i/n with i from 1 to n, such as 2/8")
+    return [cell for cell in cells if int(cell.key, 16) % int(found[2]) == int(found[1]) - 1]

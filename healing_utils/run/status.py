@@ -1,7 +1,4 @@
-"""How far a run is, as its folder says: without torch, so that it is told at once, also while the
-run has the machine."""
-
-from __future__ import annotations
+"""How far a run is, as its folder says; without torch, so that it is told at once."""
 
 import json
 import time
@@ -11,7 +8,7 @@ from pathlib import Path
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.paths import run_folder
 from healing_utils.base.progress import duration
-from healing_utils.base.records import STALE
+from healing_utils.base.records import STALE, read_json
 from healing_utils.study.cells import ALL_STAGES
 
 
@@ -20,74 +17,58 @@ def find_run(name: str | None = None) -> Path:
     that something was written to last. Raises HealingError if there is none."""
     if name is not None and Path(name).is_dir():
         return Path(name)
-    runs = {p.parent.name: p.parent for p in run_folder("data/runs").glob("*/parameters.json")}
+    where = run_folder("data/runs")
+    runs = {path.parent.name: path.parent for path in where.glob("*/parameters.json")}
     if not runs:
-        where = run_folder("data/runs")
         raise HealingError(f"no runs in {where}; start one with: healing run quick")
     if name is not None:
         return runs[choose(name, runs, "run")]
+    last = {
+        run: max(p.stat().st_mtime for p in (run, *run.glob("*/"), *run.glob("records/*/")))
+        for run in runs.values()
+    }
+    return max(last, key=last.get)
 
-    def last_written(run: Path) -> float:
-        parts = (run, *(run / n for n in ("plans", "notebooks", "claims")), *run.glob("records/*"))
-        return max(part.stat().st_mtime for part in parts if part.exists())
 
-    return max(runs.values(), key=last_written)
-
-
-def progress(target: Path) -> Iterator[tuple[str, list[dict], list[dict]]]:
-    """Name, planned and missing cells of every planned stage, read from the run's folder; nothing
-    there is changed."""
-    order = {stage: place for place, stage in enumerate(ALL_STAGES)}
-    plans = {path.stem: path for path in target.glob("plans/*.json")}
-    for stage in sorted(plans, key=lambda name: (order.get(name, len(order)), name)):
-        try:
-            cells = json.loads(plans[stage].read_text("utf-8"))["cells"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        missing = [
-            cell
-            for cell in cells
+def progress(run: Path) -> Iterator[tuple[str, list[dict], list[dict]]]:
+    """Name, planned and missing cells of every planned stage; nothing in the folder is changed."""
+    for stage in ALL_STAGES:
+        cells = read_json(run / "plans" / f"{stage}.json").get("cells")
+        if cells is not None:
             # A cell of a scan is recorded in the stage that it belongs to.
-            if not (target / "records" / cell.get("stage", stage) / f"{cell['key']}.json").exists()
-        ]
-        yield stage, cells, missing
+            places = [run / "records" / c.get("stage", stage) / f"{c['key']}.json" for c in cells]
+            there = [path.exists() for path in places]
+            yield stage, cells, [c for c, done in zip(cells, there, strict=True) if not done]
 
 
-def _claim(target: Path, key: str) -> str | None:
-    """``(by host:pid for 35 s)`` for a claimed cell; None without a claim."""
-    path = target / "claims" / f"{key}.json"
+def _claim(path: Path) -> str:
+    """``(by host:pid for 35 s)``; empty without a claim."""
     try:
-        beat = time.time() - path.stat().st_mtime
+        silent = time.time() - path.stat().st_mtime
         claim = json.loads(path.read_text("utf-8"))
-        owner = ":".join(str(claim["owner"]).split(":")[:2])
-        since = f"for {duration(time.time() - claim['since'])}"
+        owner, since = claim["owner"].rpartition(":")[0], time.time() - claim["since"]
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "(claimed, by whom cannot be read)"
-    silent = f", silent for {duration(beat)}: that run is gone" if beat > STALE else ""
-    return f"(by {owner} {since}{silent})"
+    gone = f", silent for {duration(silent)}: that run is gone" if silent > STALE else ""
+    return f"(by {owner} for {duration(since)}{gone})"
 
 
-def describe(target: Path, shown: int = 5) -> str:
+def describe(run: Path) -> str:
     """The state of a run as text: stages, running and missing cells, notebooks."""
-    lines = [f"Run {target}"]
-    for stage, cells, missing in progress(target):
+    lines = [f"Run {run}"]
+    for stage, cells, missing in progress(run):
         lines.append(f"  {stage:12} {len(cells) - len(missing)} of {len(cells)} cells done")
-        claims = {cell["key"]: _claim(target, cell["key"]) for cell in missing}
-        lines += [
-            f"    running  {c['name']} {claims[c['key']]}" for c in missing if claims[c["key"]]
-        ]
-        names = [c["name"] for c in missing if not claims[c["key"]]]
-        lines += [f"    missing  {name}" for name in names[:shown]]
-        if len(names) > shown:
-            lines.append(f"    missing  and {len(names) - shown} more")
-    if len(lines) == 1:
-        lines.append("  no stage has started")
-    done = sorted(p.stem for p in (target / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    failed = [name for name in done if name.endswith(".failed")]
-    lines.append("  notebooks done: " + (", ".join(n for n in done if n not in failed) or "none"))
-    lines += [f"  notebook failed: {target / 'notebooks' / name}.ipynb" for name in failed]
-    if (target / "index.html").exists():
-        lines.append(f"  page: {target / 'index.html'}")
+        claims = [(c["name"], _claim(run / "claims" / f"{c['key']}.json")) for c in missing]
+        lines += [f"    running  {name} {claim}" for name, claim in claims if claim]
+        left = [f"    missing  {name}" for name, claim in claims if not claim]
+        lines += left[:5]
+        lines += [f"    missing  and {len(left) - 5} more"] if len(left) > 5 else []
+    lines += ["  no stage has started"] if len(lines) == 1 else []
+    books = [path.stem for path in sorted((run / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+    done = [name for name in books if not name.endswith(".failed")]
+    lines.append(f"  notebooks done: {', '.join(done) or 'none'}")
+    lines += [f"  notebook failed: {run / 'notebooks' / n}.ipynb" for n in books if n not in done]
+    lines += [f"  page: {run / 'index.html'}"] if (run / "index.html").exists() else []
     return "\n".join(lines)

@@ -9,8 +9,7 @@ from typing import Any
 
 from healing_utils.base.records import digest
 
-# Raised whenever a change makes the same parameters give other numbers: old records stay readable
-# and are no longer taken for finished cells.
+# Raised whenever the same parameters give other numbers: old records are no finished cells then.
 NUMERICS = 4
 MIXED_NUMERICS = 1  # beside it, where bfloat16 or float16 is asked for
 PROBING_NUMERICS = 7  # of the stages that look into models
@@ -18,47 +17,47 @@ PROBING_NUMERICS = 7  # of the stages that look into models
 STAGES = ("baseline", "corruption", "recovery")
 SCAN_STAGES = ("harms", "scans")  # what the scans leave broken, and what they train
 PROBING_STAGES = ("probing", "neurons")
-# In the order in which a run computes them; `networks` are the models that the probing stages look
-# into, those of further tasks included.
+# In the order in which a run computes them; `networks` are the models that are looked into.
 ALL_STAGES = (*STAGES, *SCAN_STAGES, "networks", *PROBING_STAGES)
-# Of the stage of a state; what is not named is trained from corrupted or random weights.
-STAGE_OF = {"intact": "baseline", "broken": "corruption", "untrained": "corruption"}
 
+CORRUPTED = ("broken", "healed")
 RECIPE = (
     "epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm",
     "max_length", "max_tokens", "evaluations", "precision",
 )  # fmt: skip
+COLUMNS = (
+    "model", "task", "state", "side", "level", "kind", "part", "strength", "layers", "n_layers",
+    "seed", "metric", "start", "recipe",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One unit of work. `determinants` is all that its result depends on, and gives the key."""
 
     stage: str
-    state: str  # intact, broken, untrained, healed, scratch; of what is probed also pretrained
-    model: str
-    task: str
-    seed: int
-    side: str
-    level: float
-    kind: str
-    layers: tuple[int, ...]
-    n_layers: int
-    metric: str
     determinants: str  # canonical JSON
+    model: str
+    task: str = "none"
+    state: str  # intact, broken, untrained, healed, scratch; of what is probed also pretrained
+    side: str = "none"
+    level: float = 0.0
+    kind: str = "none"
     part: str = "all"
     strength: float | None = None
+    layers: tuple[int, ...] = ()
+    n_layers: int
+    seed: int
+    metric: str
     start: str = "pre-trained"
     recipe: str = "full"
-    # Parameters of the training that are other than the study's.
-    settings: tuple[tuple[str, Any], ...] = ()
-    scan: str | None = None  # the scan that names it
-    # Of the probing stages: one column of one corpus, of a model that is scored by another cell
-    # (`network`, None before any fine-tuning).
+    settings: tuple[tuple[str, Any], ...] = ()  # of the training, other than the study's
+    scan: str | None = None  # that names it
+    # Of the probing stages, one column of one corpus:
     corpus: str | None = None  # for people; what it holds is hashed into the key
     column: str | None = None
     source: tuple[str, str | None] | None = None  # what `load_corpus` is given
-    network: Cell | None = None
+    network: Cell | None = None  # that scores the model, None before any fine-tuning
     architecture: str | None = None  # as the model's configuration names it
 
     @cached_property
@@ -71,21 +70,19 @@ class Cell:
         if self.corpus is not None:
             of = f"{self.model} {self.state} seed {self.seed}"
             return f"{self.network.name if self.network else of} on {self.corpus} {self.column}"
-        where = "" if self.side in ("none", "all") else f" {self.side}"
-        if self.side == "custom":
-            where = f" layers {','.join(map(str, self.layers))}"
-        elif self.side != "none":
-            where += f" {Fraction(self.level).limit_denominator(99)}"
-        what = f"{where} {self.kind}" + ("" if self.strength is None else f"={self.strength:g}")
-        for value, usual, words in (
-            (self.part, "all", "{}"), (self.start, "pre-trained", "{}"),
-            (self.recipe, "full", "by {}"),
-        ):  # fmt: skip
-            what += "" if value == usual else " " + words.format(value)
-        what = what if self.state in ("broken", "healed") else ""
+        words = [self.model, self.task, self.state]
+        if self.state in CORRUPTED:
+            if self.side == "custom":
+                words += ["layers", ",".join(map(str, self.layers))]
+            elif self.side != "none":
+                words += [] if self.side == "all" else [self.side]
+                words.append(str(Fraction(self.level).limit_denominator(99)))
+            words.append(self.kind + ("" if self.strength is None else f"={self.strength:g}"))
+            words += [w for w in (self.part, self.start) if w not in ("all", "pre-trained")]
+            words += [f"by {self.recipe}"] if self.recipe != "full" else []
         for name, value in self.settings:
-            what += f" {name} {value}" if isinstance(value, str) else f" {name} {value:g}"
-        return f"{self.model} {self.task} {self.state}{what} seed {self.seed}"
+            words.append(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}")
+        return " ".join([*words, f"seed {self.seed}"])
 
     @property
     def plain(self) -> bool:
@@ -96,14 +93,9 @@ class Cell:
 
     def columns(self) -> dict[str, Any]:
         """What a table says of the cell."""
-        corrupted = self.state in ("broken", "healed")
-        found = {
-            "model": self.model, "task": self.task, "state": self.state, "side": self.side,
-            "level": self.level, "kind": self.kind,
-            "part": self.part if corrupted or self.layers else "none",
-            "strength": self.strength, "layers": list(self.layers), "n_layers": self.n_layers,
-            "seed": self.seed, "metric": self.metric, "start": self.start, "recipe": self.recipe,
-        }  # fmt: skip
+        found = {name: getattr(self, name) for name in COLUMNS} | {"layers": list(self.layers)}
+        if not self.layers and self.state not in CORRUPTED:
+            found["part"] = "none"
         if self.corpus is None:
             return found if self.scan is None else {"scan": self.scan, **found}
         return found | {
@@ -111,18 +103,3 @@ class Cell:
             "scan": self.scan or "main",
             "network": [self.network.stage, self.network.key] if self.network else None,
         }  # fmt: skip
-
-
-def by_unit(cells: list[Cell]) -> list[Cell]:
-    """Each cell once, by seed and task, and of these what is trained before what is broken, and
-    that before what is probed: so that models are looked into where and when they were made."""
-    each: dict[str, Cell] = {}
-    for cell in cells:
-        each.setdefault(cell.key, cell)
-    tasks = {task: i for i, task in enumerate(dict.fromkeys(c.task for c in cells))}
-
-    def turn(cell: Cell) -> tuple[int, int, int]:
-        probed = PROBING_STAGES.index(cell.stage) + 2 if cell.stage in PROBING_STAGES else 0
-        return cell.seed, tasks[cell.task], probed or int(cell.stage == "corruption")
-
-    return sorted(each.values(), key=turn)

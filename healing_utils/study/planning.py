@@ -1,14 +1,14 @@
 """From parameters to cells: the main grid, the scans beside it, and what is probed.
 
-A scan is a small grid of its own, the product of its fields' values (`parameters.Scan`). What it
-trains makes the stage `scans`; what it scores broken, the untrained partners of what it heals
+A grid has the fields of `parameters.Scan`, and its cells are the product of their values. What a
+scan trains makes the stage `scans`; what it scores broken, the untrained partners of what it heals
 included, the stage `harms`. A cell that several grids name is the same cell, computed once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -17,347 +17,290 @@ from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.records import canonical
 from healing_utils.healing import models, recipes
 from healing_utils.healing.corruption import parse_kind
-from healing_utils.healing.encoders import OUTER_PARTS, parse_level, resolve_layers
-from healing_utils.study.cells import (
-    ALL_STAGES,
-    MIXED_NUMERICS,
-    NUMERICS,
-    PROBING_NUMERICS,
-    RECIPE,
-    SCAN_STAGES,
-    STAGE_OF,
-    STAGES,
-    Cell,
-    by_unit,
-)
+from healing_utils.healing.encoders import CONTROLS, OUTER_PARTS, parse_level, resolve_layers
+from healing_utils.study import cells
+from healing_utils.study.cells import CORRUPTED, Cell
 from healing_utils.study.parameters import SCAN, for_task
-from healing_utils.study.sources import Sources
 
-# What a scan may set of a training; a value may be given by task.
+STAGE_OF = {  # the floor under every similarity is untrained
+    "intact": "baseline", "broken": "corruption", "untrained": "corruption", "healed": "recovery",
+    "scratch": "recovery",
+}  # fmt: skip
+# What a grid may set of a training; a value may be given by task.
 BUDGET = ("train_size", "epochs", "learning_rate", "evaluations", "head")
+# As in paper A. Determinants leave it out, so that a new choice leaves the keys of old records.
+USUAL = {
+    "corruption": None, "part": "all", "strength": None, "scattered": None, "head": "first",
+    "intact": None, "start": "pre-trained", "healing": None,
+}  # fmt: skip
 Place = tuple[str, float, str, tuple[int, ...]]  # side, level, kind and resolved layers
 
 
-def plan(study: Sources, stage: str) -> list[Cell]:
+def plan(study: Any, stage: str) -> list[Cell]:
     """The cells of a stage, in the order in which they are computed; `everything` is all stages,
     one task and seed after the other."""
-    choose(stage, (*ALL_STAGES, "everything"), "stage")
+    choose(stage, (*cells.ALL_STAGES, "everything"), "stage")
     if stage == "everything":
-        return by_unit([cell for name in ALL_STAGES for cell in plan(study, name)])
-    if stage in SCAN_STAGES:
-        return scan_cells(study, stage)
+        return by_unit([cell for name in cells.ALL_STAGES for cell in plan(study, name)])
+    if stage in cells.STAGES:
+        states = [state for state in STAGE_OF if STAGE_OF[state] == stage]
+        if not study.parameters["scratch"]:
+            states = [state for state in states if state != "scratch"]
+        return list(_expand(study, {**_main_grid(study), "state": states}))
+    if stage in cells.SCAN_STAGES:
+        return [c for c in _scanned(study) if (c.state == "broken") == (stage == "harms")]
+    networks = _networks(study, stage)
     if stage == "networks":
-        found = {c.key: c for *_, c in _networks(study, "probing") if c is not None}
-        return list(found.values())
-    return _grid(study, stage) if stage in STAGES else _probe_cells(study, stage)
+        return list({cell.key: cell for cell in networks if cell.stage}.values())
+    return [cell for network in networks for cell in _probes(study, stage, network)]
+
+
+def by_unit(planned: list[Cell]) -> list[Cell]:
+    """Each cell once, by seed and task, and of these what is trained before what is broken, and
+    that before what is probed: so that models are looked into where and when they were made."""
+    each = {cell.key: cell for cell in reversed(planned)}
+    each = {cell.key: each[cell.key] for cell in planned}
+    tasks = list(dict.fromkeys(cell.task for cell in planned))
+    turn = {"corruption": 1, "probing": 2, "neurons": 3}
+    return sorted(each.values(), key=lambda c: (c.seed, tasks.index(c.task), turn.get(c.stage, 0)))
 
 
 # -- one cell --------------------------------------------------------------------------------------
 
 
 def task_cell(
-    study: Sources, state: str, model: str, task: str, seed: int, side: str = "none",
-    level: float = 0.0, kind: str = "none", layers: tuple[int, ...] = (), *,
-    part: str | None = None, start: str | None = None, recipe: str | None = None, **settings: Any,
+    study: Any, state: str, model: str, task: str, seed: int, side: str = "none",
+    level: float = 0.0, kind: str = "none", layers: tuple[int, ...] = (), **how: Any,
 ) -> Cell:  # fmt: skip
-    """The cell of a model that is scored on a task, planned or not.
-
-    `kind` may carry a strength (``noise=0.5``). `part`, `start` and `recipe` are the study's where
-    they are not given; `settings` replace its `train_size`, `head` or parameters of `RECIPE`.
-    Raises HealingError for what does not go together.
-    """
-    corrupted, healed = state in ("broken", "healed"), state == "healed"
-    p = for_task(study.parameters, task)
-    part = (part or p["part"]) if corrupted else "all"
-    start = (start or p["start"]) if healed else "pre-trained"
-    recipe = (recipe or p["recipe"]) if healed else "full"
-    kind, strength = parse_kind(kind) if corrupted else (kind, None)
-    settings = {k: v for k, v in settings.items() if v != p[k] and state != "broken"}
-    p |= settings
-    n_layers = study.config(model).num_hidden_layers
+    """The cell of a model that is scored on a task, planned or not. `how` may replace the study's
+    `part`, `start`, `recipe`, `train_size`, `head` and parameters of `cells.RECIPE`. Raises
+    HealingError for what does not go together."""
+    usual, data = for_task(study.parameters, task), study.task(task)
+    p, n_layers = usual | how, study.config(model).num_hidden_layers
+    if state not in CORRUPTED:
+        p["part"] = "all"
+    if state != "healed":
+        p |= {"start": "pre-trained", "recipe": "full"}
+    part, start, recipe, head = (p[name] for name in ("part", "start", "recipe", "head"))
+    settings = sorted(how.keys() - {"part", "start", "recipe"})
+    settings = {name: how[name] for name in settings if how[name] != usual[name]}
     if "head" in settings and start != "pre-trained":
         raise HealingError(
-            f"head {p['head']!r} cannot start from the fine-tuned model, which has another one"
+            f"head {head!r} cannot start from the fine-tuned model, which has another one"
         )
-    if part == "pooler" and p["head"] == "mean":
+    if part == "pooler" and head == "mean":
         raise HealingError("head 'mean' has no pooler: part 'pooler' cannot be corrupted")
     if part in OUTER_PARTS and recipe != "full":
         raise HealingError(f"recipe {recipe!r} is for layers: {part} can be healed by 'full'")
     if recipe in ("transplant", "drop") and len(layers) == n_layers:
         raise HealingError(f"recipe {recipe!r} needs a healthy layer, and all are corrupted")
-    data = study.task(task)
+    corruption = strength = intact = healing = None
+    if state in CORRUPTED:
+        kind, strength = parse_kind(kind)
+        # The layers themselves: one cell, whichever side and level led to them.
+        scattered = level if side == "scattered" else None
+        corruption = {"kind": kind, "layers": layers, "seed": seed}
+        corruption |= _unusual(part=part, strength=strength, scattered=scattered)
+    if settings and (start != "pre-trained" or taught(recipe)):
+        # It starts or learns from the intact model, whose training has not these settings.
+        intact = task_cell(study, "intact", model, task, seed).key
+    if recipe != "full":
+        healing = {"recipe": recipe, "numerics": recipes.NUMERICS}
     plain = p["precision"] in ("auto", "float32")
-    determinants: dict[str, Any] = {
-        "numerics": NUMERICS if plain else [NUMERICS, MIXED_NUMERICS],
+    determinants = {
+        "numerics": cells.NUMERICS if plain else [cells.NUMERICS, cells.MIXED_NUMERICS],
         "state": state,
         "model": models.identity(model, p["model_revision"]),
         "data": study.content(task, seed, p["train_size"]),
         "classes": data.num_labels,
-        "recipe": {name: p[name] for name in RECIPE},
+        "recipe": {name: p[name] for name in cells.RECIPE},
         "seed": seed,
         "threads": p["threads"],
+        **_unusual(corruption=corruption, head=head, intact=intact, start=start, healing=healing),
     }
-    # What is as in paper A is left out, so that a new choice leaves the keys of old records alone.
-    if p["head"] != "first":
-        determinants["head"] = p["head"]
-    if corrupted:
-        # The layers themselves: one cell, whichever side and level led to them.
-        determinants["corruption"] = {"kind": kind, "layers": layers, "seed": seed}
-        for name, value, usual in (
-            ("part", part, "all"),
-            ("strength", strength, None),
-            ("scattered", level if side == "scattered" else None, None),
-        ):
-            if value != usual:
-                determinants["corruption"][name] = value
-    taught = "teacher" in recipes.RECIPES[recipe].needs
-    if settings and (start != "pre-trained" or taught):
-        # It starts or learns from the intact model, whose training has not these settings.
-        determinants["intact"] = task_cell(study, "intact", model, task, seed).key
-    if start != "pre-trained":
-        determinants["start"] = start
-    if recipe != "full":
-        determinants["healing"] = {"recipe": recipe, "numerics": recipes.NUMERICS}
     return Cell(
-        STAGE_OF.get(state, "recovery"), state, model, task, seed, side, level, kind, layers,
-        n_layers, data.metric, canonical(determinants), part, strength, start, recipe,
-        tuple(sorted(settings.items())),
+        stage=STAGE_OF[state], determinants=canonical(determinants), model=model, task=task,
+        state=state, side=side, level=level, kind=kind, part=part, strength=strength,
+        layers=layers, n_layers=n_layers, seed=seed, metric=data.metric, start=start,
+        recipe=recipe, settings=tuple(settings.items()),
     )  # fmt: skip
 
 
-def intact_of(study: Sources, cell: Cell) -> Cell:
+def _unusual(**found: Any) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if value != USUAL[name]}
+
+
+def taught(recipe: str) -> bool:
+    """Whether a recipe learns from the intact model."""
+    return "teacher" in recipes.RECIPES[recipe].needs
+
+
+def intact_of(study: Any, cell: Cell) -> Cell:
     """The cell of the fine-tuned model that a cell is compared with, broken from or taught by."""
     return task_cell(study, "intact", cell.model, cell.task, cell.seed)
 
 
-def needs(study: Sources, cell: Cell) -> set[str]:
+def needs(study: Any, cell: Cell) -> set[str]:
     """Keys of the cells whose fine-tuned models computing a cell loads."""
     network = cell if cell.corpus is None else cell.network
     if network is None:
         return set()
     found = {network.key} - {cell.key} if network.state != "broken" else set()
-    taught = "teacher" in recipes.RECIPES[network.recipe].needs
     compared = network.state in ("broken", "untrained") or (network is not cell and network.layers)
-    if compared or network.start == "fine-tuned" or taught:
+    if compared or network.start == "fine-tuned" or taught(network.recipe):
         found.add(intact_of(study, network).key)
     return found
 
 
-# -- the main grid ---------------------------------------------------------------------------------
+def keeps_weights(study: Any, cell: Cell) -> bool:
+    """Whether a cell's model stays in the run's folder, to be broken or looked into."""
+    if cell.state == "intact" and cell.corpus is None:
+        return cell.plain or cell.key in {c.key for c in _scanned(study, probed=True)}
+    wanted = cell.state == "healed" and cell.task in study.healed_tasks and cell.corpus is None
+    there = cell.plain and cell.kind == "reinit" and cell.side not in CONTROLS
+    return wanted and there and cell.level in _levels(study)
 
 
-def corruptions(study: Sources, model: str) -> list[Place]:
-    """The grid for one model, no kind (with its strength) and layers twice."""
+# -- grids -----------------------------------------------------------------------------------------
+
+
+def _main_grid(study: Any) -> dict[str, Any]:
     p = study.parameters
-    if p["part"] in OUTER_PARTS:  # beside the layers: side and level say nothing
-        return [("none", 0.0, kind, ()) for kind in p["kind"]]
+    several = {name: p[name] for name in ("task", "seeds", "sides", "levels", "kind")}
+    single = {name: [p[name]] for name in ("part", "start", "recipe")}
+    layers = None if p["layers"] is None else [p["layers"]]
+    return SCAN | several | single | {"layers": layers, "init_levels": p["init_levels"]}
+
+
+def corruptions(study: Any, model: str) -> list[Place]:
+    """Side, level, kind and layers of the main grid for one model."""
+    return _places(study, model, _main_grid(study), study.parameters["part"])
+
+
+def _places(study: Any, model: str, grid: dict[str, Any], part: str, seed: int = 0) -> list[Place]:
+    """What a grid corrupts, no kind and layers twice; `random` differs by seed."""
+    if part in OUTER_PARTS:  # beside the layers: side and level say nothing
+        return [("none", 0.0, kind, ()) for kind in grid["kind"]]
     n_layers = study.config(model).num_hidden_layers
-    if p["layers"] is not None:
-        layers = resolve_layers(n_layers, "bottom", 1, p["layers"])
-        return [("custom", len(layers) / n_layers, kind, layers) for kind in p["kind"]]
-    wanted = [(s, level, kind) for kind in p["kind"] for level in p["levels"] for s in p["sides"]]
-    wanted += [(s, level, "init") for level in p["init_levels"] for s in p["sides"]]
-    grid: dict[tuple[str, tuple[int, ...]], Place] = {}
-    for side, level, kind in wanted:
-        layers = resolve_layers(n_layers, side, level, None)
-        full = len(layers) == n_layers
-        place = ("all" if full else side, 1.0 if full else parse_level(level), kind, layers)
-        grid.setdefault((kind, layers), place)
-    return list(grid.values())
+    if grid["layers"] is not None:
+        sets = [[i] for i in range(n_layers)] if grid["layers"] == "each" else grid["layers"]
+        sets = dict.fromkeys(resolve_layers(n_layers, layers=named) for named in sets)
+        return [("custom", len(s) / n_layers, kind, s) for kind in grid["kind"] for s in sets]
+    found: dict[tuple[Any, ...], Place] = {}
+    wanted = [*product(grid["kind"], grid["levels"], grid["sides"])]
+    wanted += product(["init"], grid.get("init_levels", ()), grid["sides"])
+    for kind, level, side in wanted:
+        layers, share = resolve_layers(n_layers, side, level, None, seed), parse_level(level)
+        if len(layers) == n_layers and side != "scattered":
+            side, share = "all", 1.0
+        found.setdefault((kind, layers, side == "scattered" and share), (side, share, kind, layers))
+    return list(found.values())
 
 
-def _whole(study: Sources, model: str) -> Place:
-    """Every parameter at its random initial value."""
-    return "all", 1.0, "scratch", tuple(range(study.config(model).num_hidden_layers))
+def _expand(study: Any, grid: dict[str, Any]) -> Iterator[Cell]:
+    each = product(study.parameters["model"], grid["task"], grid["seeds"], grid["state"])
+    for model, task, seed, state in each:
+        given = for_task(grid, task)
+        fields = {"broken": (), "healed": ("start", "recipe", *BUDGET)}.get(state, BUDGET)
+        fields = [name for name in fields if given[name] is not None]
+        ways = product(*(given[name] for name in fields))
+        ways = [dict(zip(fields, values, strict=True)) for values in ways]
+        whole = "all", 1.0, "scratch", tuple(range(study.config(model).num_hidden_layers))
+        for part in grid["part"] if state in CORRUPTED else ["all"]:
+            places: list[Any] = [() if state == "intact" else whole]
+            if state in CORRUPTED:
+                places = _places(study, model, grid, part, seed)
+            for place, how in product(places, ways):
+                yield task_cell(study, state, model, task, seed, *place, part=part, **how)
 
 
-def _grid(study: Sources, stage: str) -> list[Cell]:
-    p, cells = study.parameters, []
-    for model in p["model"]:
-        wanted: list[tuple[Any, ...]] = [("intact",)]
-        if stage != "baseline":
-            state = "broken" if stage == "corruption" else "healed"
-            wanted = [(state, *place) for place in corruptions(study, model)]
-        if stage == "corruption":  # the floor under every similarity
-            wanted.append(("untrained", *_whole(study, model)))
-        if stage == "recovery" and p["scratch"]:
-            wanted.append(("scratch", *_whole(study, model)))
-        for task, seed, (state, *place) in product(p["task"], p["seeds"], wanted):
-            cells.append(task_cell(study, state, model, task, seed, *place))
-    return cells
-
-
-# -- scans -----------------------------------------------------------------------------------------
-
-
-def scan_cells(study: Sources, stage: str, names: Collection[str] | None = None) -> list[Cell]:
-    """The cells of `harms` or `scans`, scan by scan (those of `names` alone, where they are given),
-    none twice in a scan."""
-    cells: dict[tuple[str, str, str], Cell] = {}
-    for name, given in study.parameters["scans"].items():
-        if names is not None and name not in names:
+def _scanned(study: Any, probed: bool = False) -> Iterator[Cell]:
+    """The cells of the scans; with `probed`, the intact ones of those whose models are probed."""
+    p = study.parameters
+    for name, given in p["scans"].items():
+        if probed and not given.get("probed"):
             continue
+        scan = SCAN | given
+        scan |= {field: p[field] for field in ("task", "seeds", "sides") if scan[field] is None}
+        # A study of another task keeps the notebooks' own scans of theirs out; `describe` says so.
+        scan["task"] = [task for task in scan["task"] if task in p["task"]]
+        if scan["broken"] and "healed" in scan["state"]:
+            scan["state"] = list(dict.fromkeys([*scan["state"], "broken"]))
         try:
-            for cell in _scan(study, given):
-                if (cell.state == "broken") == (stage == "harms"):
-                    cells.setdefault((name, cell.key, cell.side), replace(cell, scan=name))
+            for seed in set(scan["seeds"]) - set(p["seeds"]):
+                raise HealingError(
+                    f"seed {seed} is not among the study's, {p['seeds']}: it has no intact model"
+                )
+            for cell in _expand(study, scan):
+                if not probed or cell.state == "intact":
+                    yield replace(cell, scan=name)
         except HealingError as error:
             raise HealingError(f"scan {name!r}: {error}") from error
-    return list(cells.values())
-
-
-def left_out(study: Sources) -> list[str]:
-    """A line for each scan of which nothing is computed, because its tasks are not the study's."""
-    there = study.parameters["task"]
-    return [
-        f"scan {name} is left out: its tasks ({', '.join(scan['task'])}) are not among the study's"
-        for name, scan in study.parameters["scans"].items()
-        if scan.get("task") and not set(scan["task"]) & set(there)
-    ]
-
-
-def _scan(study: Sources, given: dict[str, Any]) -> Iterator[Cell]:
-    p, scan = study.parameters, SCAN | given
-    for field in ("task", "seeds", "sides"):
-        if scan[field] is None:
-            scan[field] = p[field]
-    # A study of another task keeps the notebooks' own scans of theirs out; `left_out` says so.
-    scan["task"] = [task for task in scan["task"] if task in p["task"]]
-    strangers = [seed for seed in scan["seeds"] if seed not in p["seeds"]]
-    if strangers:
-        raise HealingError(
-            f"seed {strangers[0]} is not among the study's, {p['seeds']}: it has no intact model"
-        )
-    states = list(scan["state"])
-    if "healed" in states and scan["broken"] and "broken" not in states:
-        states.append("broken")
-    for model, task, seed, state in product(p["model"], scan["task"], scan["seeds"], states):
-        usual, own = for_task(p, task), for_task(scan, task)
-        values = [[usual[name]] if own[name] is None else own[name] for name in BUDGET]
-        budgets = [dict(zip(BUDGET, chosen, strict=True)) for chosen in product(*values)]
-        if state in ("intact", "scratch"):
-            place = _whole(study, model) if state == "scratch" else ()
-            for budget in budgets:
-                yield task_cell(study, state, model, task, seed, *place, **budget)
-            continue
-        for part, kind in product(scan["part"], scan["kind"]):
-            for side, level, layers in _places(study, model, scan, part, seed):
-                how = [{}]
-                if state == "healed":
-                    how = [
-                        {"start": start, "recipe": recipe, **budget}
-                        for start, recipe, budget in product(scan["start"], scan["recipe"], budgets)
-                    ]
-                for one in how:
-                    place = (side, level, kind, layers)
-                    yield task_cell(study, state, model, task, seed, *place, part=part, **one)
-
-
-def _places(
-    study: Sources, model: str, scan: dict[str, Any], part: str, seed: int
-) -> list[tuple[str, float, tuple[int, ...]]]:
-    """Side, level and resolved layers of what a scan corrupts; `random` differs by seed."""
-    n_layers = study.config(model).num_hidden_layers
-    if part in OUTER_PARTS:
-        return [("none", 0.0, ())]
-    if scan["layers"] is not None:
-        sets = [[i] for i in range(n_layers)] if scan["layers"] == "each" else scan["layers"]
-        chosen = [resolve_layers(n_layers, layers=layers) for layers in sets]
-        return [("custom", len(layers) / n_layers, layers) for layers in chosen]
-    found = {}
-    for level, side in product(scan["levels"], scan["sides"]):
-        layers = resolve_layers(n_layers, side, level, None, seed)
-        full = len(layers) == n_layers and side != "scattered"
-        place = ("all", 1.0, layers) if full else (side, parse_level(level), layers)
-        found.setdefault(place)
-    return list(found)
 
 
 # -- what is probed --------------------------------------------------------------------------------
 
 
-def probed_beside(study: Sources) -> list[Cell]:
-    """The intact cells of scans whose models are probed."""
-    scans = study.parameters["scans"]
-    wanted = {name for name, scan in scans.items() if scan.get("probed")}
-    return [cell for cell in scan_cells(study, "scans", wanted) if cell.state == "intact"]
+def _levels(study: Any) -> set[float]:
+    """At which broken and healed models are probed."""
+    return {parse_level(level) for level in study.parameters["probe_levels"]}
 
 
-def keeps_weights(study: Sources, cell: Cell) -> bool:
-    """Whether a cell's model stays in the run's folder, to be broken or looked into."""
-    if cell.state == "intact" and cell.corpus is None:
-        return cell.plain or cell.key in {c.key for c in probed_beside(study)}
-    levels = {parse_level(level) for level in study.parameters["probe_levels"]}
-    probed = cell.state == "healed" and cell.task in study.healed_tasks and cell.kind == "reinit"
-    grid = cell.plain and cell.level in levels and cell.side in ("bottom", "top", "all", "custom")
-    return probed and grid and cell.corpus is None
-
-
-def _networks(study: Sources, stage: str) -> list[tuple[str, str, int, Cell | None]]:
-    """(model, state, seed, task cell or None) of every model that a stage looks into."""
-    p = study.parameters
-    tasks = p["probe_tasks"] or p["task"]
-    levels = {parse_level(level) for level in p["probe_levels"]}
+def _networks(study: Any, stage: str) -> list[Cell]:
+    """The models that a stage looks into; those before any fine-tuning are of no stage."""
+    p, tasks = study.parameters, study.parameters["probe_tasks"] or study.parameters["task"]
     there = {parse_level(level) for level in p["levels"]}
     for level in p["probe_levels"]:
         if p["layers"] is None and parse_level(level) not in there:
             known = ", ".join(p["levels"])
             raise HealingError(f"probe_levels has {level!r}, which is not in levels: {known}")
-    found: list[tuple[str, str, int, Cell | None]] = []
+    found: list[Cell] = []
     for model, seed in product(p["probe_models"] or p["model"], p["seeds"]):
-        found.append((model, "pretrained", seed, None))
-        if stage == "probing":
-            found.append((model, "untrained", seed, None))
-        for task in tasks:
-            found.append((model, "intact", seed, task_cell(study, "intact", model, task, seed)))
-        if stage == "neurons":
-            continue
-        for task in study.healed_tasks:
+        known = {"state": "pretrained", "model": models.identity(model, p["model_revision"])}
+        n_layers, determinants = study.config(model).num_hidden_layers, canonical(known)
+        before = Cell(
+            stage="", determinants=determinants, model=model, state="pretrained",
+            n_layers=n_layers, seed=seed, metric="",
+        )  # fmt: skip
+        found.append(before)
+        if stage != "neurons":
+            determinants = canonical(known | {"state": "untrained", "seed": seed})
+            found.append(replace(before, state="untrained", determinants=determinants))
+        found += [task_cell(study, "intact", model, task, seed) for task in tasks]
+        for task in study.healed_tasks if stage != "neurons" else ():
             if task not in tasks:
-                cell = task_cell(study, "intact", model, task, seed)
-                found.append((model, "intact", seed, cell))
-            for side, level, kind, layers in corruptions(study, model):
-                if kind == "reinit" and level in levels:
-                    for state in ("broken", "healed"):
-                        place = (side, level, kind, layers)
-                        cell = task_cell(study, state, model, task, seed, *place)
-                        found.append((model, state, seed, cell))
-    if stage == "probing":
-        known = {cell.key for *_, cell in found if cell is not None}
-        for cell in probed_beside(study):
-            if cell.key not in known:
-                found.append((cell.model, "intact", cell.seed, cell))
+                found.append(task_cell(study, "intact", model, task, seed))
+            for place, state in product(corruptions(study, model), CORRUPTED):
+                if place[1] in _levels(study) and place[2] == "reinit":
+                    found.append(task_cell(study, state, model, task, seed, *place))
+    if stage != "neurons":
+        known = {cell.key for cell in found}
+        for cell in _scanned(study, probed=True):
+            if cell.key not in known:  # two scans may name one model
                 known.add(cell.key)
+                found.append(cell)
     return found
 
 
-def _probe_cells(study: Sources, stage: str) -> list[Cell]:
-    p, cells = study.parameters, []
-    for model, state, seed, network in _networks(study, stage):
-        config = study.config(model)
-        for name, column in study.sources():
-            drawn = study.corpus(name, column, seed)
-            before = {"state": state, "model": models.identity(model, p["model_revision"])}
-            before |= {"seed": seed} if state == "untrained" else {}
-            determinants: dict[str, Any] = {
-                "stage": stage,
-                "numerics": PROBING_NUMERICS,
-                "network": json.loads(network.determinants) if network else before,
-                "corpus": [drawn.train.sha(), drawn.test.sha()],
-                "aggregation": p["aggregation"],
-                "seed": seed,
-                "threads": p["threads"],
-            }
-            if stage == "neurons":
-                ablated = bool(network and network.task in study.healed_tasks)
-                determinants |= {"delta": p["neuron_delta"], "ablated": ablated}
-            of = network or Cell("", "", "", "none", 0, "none", 0.0, "none", (), 0, "", "")
-            cells.append(
-                Cell(
-                    stage, state, model, of.task, seed, of.side, of.level, of.kind, of.layers,
-                    config.num_hidden_layers, "accuracy", canonical(determinants),
-                    scan=of.scan, corpus=drawn.name, column=drawn.column, source=(name, column),
-                    network=network, architecture=config.model_type,
-                )
-            )  # fmt: skip
-    return cells
+def _probes(study: Any, stage: str, network: Cell) -> Iterator[Cell]:
+    """A cell for every column of every corpus."""
+    p, scored = study.parameters, network if network.stage else None
+    for name, column in study.sources():
+        drawn = study.corpus(name, column, network.seed)
+        determinants: dict[str, Any] = {
+            "stage": stage,
+            "numerics": cells.PROBING_NUMERICS,
+            "network": json.loads(network.determinants),
+            "corpus": [drawn.train.sha(), drawn.test.sha()],
+            "aggregation": p["aggregation"],
+            "seed": network.seed,
+            "threads": p["threads"],
+        }
+        if stage == "neurons":
+            ablated = bool(scored and network.task in study.healed_tasks)
+            determinants |= {"delta": p["neuron_delta"], "ablated": ablated}
+        yield replace(
+            network, stage=stage, determinants=canonical(determinants), metric="accuracy",
+            corpus=drawn.name, column=drawn.column, source=(name, column), network=scored,
+            architecture=study.config(network.model).model_type,
+        )  # fmt: skip

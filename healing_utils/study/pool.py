@@ -1,36 +1,39 @@
 """Cells computed side by side: in processes on this machine, or on a Ray cluster.
 
-`outcomes` plans nothing and knows no cell's content: it claims cells, hands them out where there is
-room, waits for a cell's models before the cell, and yields each cell once it is done or has failed.
-Claims keep two runs on one folder off each other's cells. Where the driver dies, its processes end
-with it, and the same call goes on from the records.
-
-A process that is lost (killed, out of memory, its machine gone) costs the cell it was at, which is
-handed out again, a few times at most. An error of the cell itself is reported and not tried again.
+`outcomes` claims cells, which keeps two runs on one folder off each other's, hands them out where
+there is room, each after the models that it needs, and yields each once it is done or has failed.
+Where the driver dies, its processes end with it, and the same call goes on from the records. A
+process that is lost (killed, out of memory, its machine gone) costs the cell it was at, which is
+handed out again, a few times at most; an error of the cell itself is reported and not tried again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import logging
 import os
 import pickle
 import queue
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from healing_utils.base.errors import HealingError
 
 LOSSES = 3  # processes that a cell may lose before it is reported: it may be what kills them
-PATIENCE = 10.0  # seconds a process gets to end
 LOOK = 0.2  # seconds between two looks for what another run has claimed
 SPEAK = 1.0  # seconds between two notes on a cell's steps
+REACHED = 10.0  # seconds within which a cluster's address must answer
 # Pages of 2 MiB for what malloc hands out (glibc from 2.35 on; elsewhere it means nothing): a step
 # that passes over all weights then looks up fewer addresses. Only a new process can be told.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -39,40 +42,31 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 COLLECT_AFTER = 10_000
 
 Note = Callable[[str], None]
-Outcome = tuple[Any, Exception | None]  # a cell, and the error that it ended in
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Lost(Exception):
     """A process ended while it was at a cell. The message says how."""
 
 
-class Backend(Protocol):
-    """Where cells are computed."""
-
-    def room(self) -> int:
-        """How many cells may be there at once."""
-
-    def submit(self, cell: Any) -> Any:
-        """Begin a cell; what stands for it until it is finished."""
-
-    def finished(self, note: Note) -> Iterable[tuple[Any, Exception | None]]:
-        """Wait a little; of the cells that ended, what `submit` gave, and the error, `Lost` too."""
-
-    def close(self) -> None:
-        """End all that runs."""
-
-
 def outcomes(
-    study: Any, cells: list[Any], needs: Callable[[Any], set[str]], backend: Backend, note: Note
-) -> Iterator[Outcome]:
-    """Have the `cells` of a `Study` computed, each after those of `needs` (keys) among them.
+    study: Any, cells: list[Any], needs: Callable[[Any], set[str]], backend: Any, note: Note
+) -> Iterator[tuple[Any, Exception | None]]:
+    """Have the `cells` of a `Study` computed, each after those of `needs` (keys) among them; yield
+    each with the error that it ended in.
 
-    Where it is stopped, or an error is none of a cell, the backend is closed.
+    A `backend` has `room()` for so many cells at once; `submit(cell)` begins one and gives a future
+    of the error that it ends in, or None; where that future itself ends in one of `lost`, the cell
+    is handed out again; `close()` ends all that runs, which is done where this is stopped.
     """
     wanted = {cell.key: needs(cell) for cell in cells}
     waiting, pending = list(cells), set(wanted)  # pending: neither done nor failed
-    running: dict[Any, tuple[Any, contextlib.ExitStack]] = {}
-    losses: dict[str, int] = {}
+    running: dict[Future, Any] = {}
+    claims: dict[str, contextlib.ExitStack] = {}
+    losses: Counter[str] = Counter()
     try:
         while waiting or running:
             room = backend.room()
@@ -81,7 +75,7 @@ def outcomes(
                     break
                 if wanted[cell.key] & pending:
                     continue
-                claim = contextlib.ExitStack()
+                claim = claims[cell.key] = contextlib.ExitStack()
                 mine = claim.enter_context(study.store.claim(cell.key))
                 if study.store.read(cell.stage, cell.key) is not None:  # by another run
                     claim.close()
@@ -90,72 +84,44 @@ def outcomes(
                     yield cell, None
                 elif mine:
                     waiting.remove(cell)
-                    try:
-                        running[backend.submit(cell)] = cell, claim
-                    except BaseException:  # stopped: no other run may wait for this one's claim
-                        claim.close()
-                        raise
+                    running[backend.submit(cell)] = cell
             if not running:
                 if waiting:
                     note(f"waiting for another run: {waiting[0].name}")
                     time.sleep(LOOK)
                 continue
-            first = next(iter(running.values()))[0]
-            note(first.name if len(running) == 1 else f"{len(running)} at work, first {first.name}")
-            for task, error in backend.finished(note):
-                cell, claim = running.pop(task)
-                claim.close()
-                if isinstance(error, Lost):
-                    losses[cell.key] = losses.get(cell.key, 0) + 1
-                    print(f"lost over {cell.name}: {error}", file=sys.stderr)
+            first = next(iter(running.values())).name
+            note(first if len(running) == 1 else f"{len(running)} at work, first {first}")
+            for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED)[0]:
+                cell = running.pop(future)
+                claims[cell.key].close()
+                try:
+                    error = future.result()
+                except backend.lost as loss:
+                    losses[cell.key] += 1
+                    print(f"lost over {cell.name}: {_first_line(loss)}", file=sys.stderr)
                     if losses[cell.key] < LOSSES:
                         waiting.insert(0, cell)
                         continue
-                    error = HealingError(
-                        f"{LOSSES} processes were lost over it, out of memory? {error}"
-                    )
+                    what = f"{LOSSES} processes were lost over it, out of memory?"
+                    error = HealingError(f"{what} {_first_line(loss)}")
+                except Exception as failure:  # Ray's own are pages long
+                    error = HealingError(f"{type(failure).__name__}: {_first_line(failure)}")
+                    error.add_note(str(failure))
                 pending.discard(cell.key)
                 yield cell, error
     except BaseException:
         backend.close()
         raise
     finally:
-        for _, claim in running.values():
+        for claim in claims.values():
             claim.close()
 
 
-class InProcess:
-    """One cell after the other, here."""
-
-    def __init__(self, study: Any):
-        self.study, self.cell = study, None
-
-    def room(self) -> int:
-        return 1
-
-    def submit(self, cell: Any) -> Any:
-        self.cell = cell
-        return cell.key
-
-    def finished(self, note: Note) -> Iterator[tuple[Any, Exception | None]]:
-        yield self.cell.key, compute(self.study, self.cell, note)
-
-    def close(self) -> None:
-        pass
-
-
-def compute(study: Any, cell: Any, note: Note) -> Exception | None:
-    """Compute and record a cell; the error that it ended in, with its traceback as a note."""
-    spoken = 0.0
-
-    def on_step(step: int, steps: int, loss: float) -> None:
-        nonlocal spoken
-        if time.monotonic() - spoken > SPEAK:
-            spoken = time.monotonic()
-            note(f"{cell.name}: step {step}/{steps}, loss {loss:.3f}")
-
+def compute(make: Callable[[], Any], cell: Any, *on_step: Callable[..., None]) -> Exception | None:
+    """Compute a cell of the study that `make` gives; its error, with the traceback as a note."""
     try:
-        study.record(cell, on_step)
+        make().record(cell, *on_step)
     except Exception as error:
         trace = traceback.format_exc()
         try:
@@ -167,76 +133,90 @@ def compute(study: Any, cell: Any, note: Note) -> Exception | None:
     return None
 
 
+class InProcess:
+    """One cell after the other, here, with a note on its steps now and then."""
+
+    lost = ()
+
+    def __init__(self, study: Any, note: Note):
+        self.study, self.note, self.spoken = study, note, 0.0
+
+    def room(self) -> int:
+        return 1
+
+    def submit(self, cell: Any) -> Future:
+        def on_step(step: int, steps: int, loss: float) -> None:
+            if time.monotonic() - self.spoken > SPEAK:
+                self.spoken = time.monotonic()
+                self.note(f"{cell.name}: step {step}/{steps}, loss {loss:.3f}")
+
+        self.note(cell.name)
+        future: Future = Future()
+        future.set_result(compute(lambda: self.study, cell, on_step))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
 class Processes:
     """`count` processes on this machine, which `make` gives the study; they are started when the
-    first cell comes, and stay until `close`. With GPUs, each takes one in turn."""
+    first cells come, and stay until `close`. With GPUs, each takes one in turn."""
+
+    lost = Lost
 
     def __init__(self, make: Callable[[], Any], count: int):
         self.make, self.count = make, count
-        # Process, what it says (note, end, unable), and of what.
-        self.events: queue.SimpleQueue[tuple[subprocess.Popen, str, Any]] = queue.SimpleQueue()
         self.workers: dict[int, subprocess.Popen] = {}
-        self.busy: set[int] = set()
+        self.asked: dict[int, Future] = {}
+        self.threads = ThreadPoolExecutor(count)  # each talks to one process
 
     def room(self) -> int:
         return self.count
 
-    def submit(self, cell: Any) -> int:
-        place = min(set(range(self.count)) - self.busy)
+    def submit(self, cell: Any) -> Future:
+        done = (at for at in range(self.count) if at not in self.asked or self.asked[at].done())
+        place = next(done)
         worker = self.workers.get(place)
-        if worker is None or worker.poll() is not None:
-            worker = self.workers[place] = self._start(place)
-        self.busy.add(place)
-        with contextlib.suppress(BrokenPipeError):  # it has just died: its end is told below
-            pickle.dump(cell, worker.stdin)
+        new = worker is None or worker.poll() is not None
+        if new:
+            self.workers[place] = _start(place)
+        what = [self.make, cell] if new else [cell]
+        self.asked[place] = self.threads.submit(self._ask, place, what)
+        return self.asked[place]
+
+    def _ask(self, place: int, what: list[Any]) -> Exception | None:
+        worker = self.workers[place]
+        try:
+            for one in what:
+                pickle.dump(one, worker.stdin)
             worker.stdin.flush()
-        return place
-
-    def _start(self, place: int) -> subprocess.Popen:
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "healing_utils.study.pool", str(place)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=HUGE_PAGES | os.environ | {"PYTHONPATH": path, "HEALING_PROGRESS": "quiet"},
-            start_new_session=True,  # Ctrl-C is for the driver, which then ends it in order
-        )
-        pickle.dump(self.make, worker.stdin)
-
-        def listen() -> None:
-            with contextlib.suppress(Exception):  # it ended, maybe in the middle of a message
-                while True:
-                    self.events.put((worker, *pickle.load(worker.stdout)))
+            return pickle.load(worker.stdout)
+        except Exception:  # it ended, maybe in the middle of an answer
             worker.kill()
-            end = Lost(f"a process ended with code {worker.wait()}")
-            self.events.put((worker, "end", end))
-
-        threading.Thread(target=listen, daemon=True).start()
-        return worker
-
-    def finished(self, note: Note) -> Iterator[tuple[int, Exception | None]]:
-        with contextlib.suppress(queue.Empty):
-            worker, what, said = self.events.get(timeout=1.0)
-            place = next((p for p, w in self.workers.items() if w is worker), None)
-            if what == "note":
-                note(said)
-            elif what == "unable":
-                raise HealingError(f"a process could not start: {said}")
-            elif place in self.busy:  # not of one that died idle, and has been replaced since
-                self.busy.discard(place)
-                yield place, said
+            raise Lost(f"a process ended with code {worker.wait()}") from None
 
     def close(self) -> None:
         for worker in self.workers.values():
-            with contextlib.suppress(OSError):
-                worker.stdin.close()  # which ends it, whatever it is at
+            worker.kill()
         for worker in self.workers.values():
-            try:
-                worker.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-        self.busy.clear()
+            worker.wait()
+        wait(self.asked.values())  # all were killed
+
+
+def _start(place: int) -> subprocess.Popen:
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "healing_utils.study.pool", str(place)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=HUGE_PAGES | os.environ | {"PYTHONPATH": path, "HEALING_PROGRESS": "quiet"},
+        start_new_session=True,  # Ctrl-C is for the driver, which then ends it
+    )
 
 
 def serve(place: int) -> None:
@@ -247,21 +227,16 @@ def serve(place: int) -> None:
     cells: queue.SimpleQueue[Any] = queue.SimpleQueue()
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever else is printed must not mix with the answers
+    try:
+        make = cache(pickle.load(source))
+    except EOFError:  # the driver is gone already
+        return
 
     def listen() -> None:
         with contextlib.suppress(EOFError):
             while True:
                 cells.put(pickle.load(source))
-        os._exit(0)  # the driver is gone or needs no more, even on its SIGKILL
-
-    def tell(what: str, said: Any) -> None:
-        pickle.dump((what, said), sink)
-        sink.flush()
-
-    try:
-        study = pickle.load(source)()
-    except Exception as error:  # no cell's fault, and the next process would fare no better
-        return tell("unable", f"{type(error).__name__}: {error}")
+        os._exit(0)  # the driver is gone, even on its SIGKILL
 
     import torch
 
@@ -269,7 +244,105 @@ def serve(place: int) -> None:
         torch.cuda.set_device(place % torch.cuda.device_count())
     threading.Thread(target=listen, daemon=True).start()
     while True:
-        tell("end", compute(study, cells.get(), functools.partial(tell, "note")))
+        pickle.dump(compute(make, cells.get()), sink)
+        sink.flush()
+
+
+# -- a cluster -------------------------------------------------------------------------------------
+
+
+class Ray:
+    """A Ray cluster whose machines share the run's folder, and the files of models and data, under
+    the same paths: the one at `address`; without one, that of ``RAY_ADDRESS``, of this machine, or
+    a new one on this machine, in this order.
+
+    The driver plans and claims; a task loads what it needs by the study that `make` gives, as here,
+    and writes record and weights. Raises HealingError where Ray is not installed, the cluster
+    cannot be reached, or no node of it has what a cell takes.
+    """
+
+    def __init__(self, study: Any, make: Callable[[], Any], address: str | None = None):
+        try:
+            import ray
+        except ImportError as error:
+            raise HealingError(
+                "the executor 'ray' needs the package ray: pip install .[cluster] in a checkout"
+            ) from error
+        self.ray, errors = ray, ray.exceptions
+        self.lost = (
+            errors.WorkerCrashedError, errors.NodeDiedError, errors.LocalRayletDiedError,
+            errors.OutOfMemoryError, errors.ObjectLostError,
+        )  # fmt: skip
+        if not ray.is_initialized():
+            _connect(ray, address)
+        cpus = study.parameters["threads"]
+        gpus = int("GPU" in ray.cluster_resources() and study.parameters["device"] != "cpu")
+        self.takes = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+        if self.room() == 1:
+            raise HealingError(
+                f"no node of the Ray cluster has the {cpus} CPUs of a cell's threads"
+                f"{' and a GPU' * gpus}; start nodes with more, or set threads, which is part of "
+                "the cells' keys"
+            )
+        # Losses are counted by the driver: Ray would try again in silence. Given here and not as
+        # options later, so that Ray ends a GPU's process with its cell: one that is reused stays on
+        # the card that it saw first.
+        self.remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(compute_there)
+        self.store, self.driver, self.make = study.store, uuid.uuid4().hex, ray.put(make)
+        self.tasks: dict[Future, Any] = {}
+
+    def room(self) -> int:
+        """One ahead, so that no worker waits; nodes may come and go. A cell is on one node."""
+        places = 1
+        for node in self.ray.nodes():
+            if node["Alive"]:
+                there = node["Resources"]
+                places += min(int(there.get(what, 0) // n) for what, n in self.takes.items())
+        return places
+
+    def submit(self, cell: Any) -> Future:
+        claim = str(self.store.claim_path(cell.key))
+        task = self.remote.remote(self.driver, claim, self.make, cell)
+        future = task.future()
+        self.tasks[future] = task
+        future.add_done_callback(self.tasks.pop)
+        return future
+
+    def close(self) -> None:
+        for task in list(self.tasks.values()):
+            with contextlib.suppress(Exception):  # the cluster itself may be gone
+                self.ray.cancel(task, force=True)
+
+
+_studies: dict[str, Any] = {}  # of the driver that this process last worked for
+
+
+def compute_there(driver: str, claim: str, make: Any, cell: Any) -> Exception | None:
+    if not Path(claim).exists():  # the driver has it in the run's folder
+        return HealingError(
+            f"node {socket.gethostname()} does not see the run's folder {Path(claim).parents[1]}: "
+            "give --out a folder that all nodes share, under the same path"
+        )
+    if driver not in _studies:
+        _studies.clear()
+        _studies[driver] = make()
+    return compute(lambda: _studies[driver], cell)
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Once a process; the connection ends with it. Ray itself would try for minutes."""
+    where = f"the Ray cluster at {address}" if address else "or start a Ray cluster"
+    host, _, port = (address or "").rpartition(":")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here stays silent
+    package, quiet = str(Path(__file__).resolve().parents[1]), {"HEALING_PROGRESS": "quiet"}
+    settings = {"py_modules": [package], "env_vars": quiet}
+    try:
+        if host and port.isdigit():
+            host = host.rpartition("/")[2].strip("[]")
+            socket.create_connection((host, int(port)), REACHED).close()
+        ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray's own, or the address is none
+        raise HealingError(f"cannot reach {where}: {_first_line(error)}") from error
 
 
 if __name__ == "__main__":

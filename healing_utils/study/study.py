@@ -8,8 +8,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,49 @@ import torch
 
 from healing_utils.analysis.results import table
 from healing_utils.base.errors import HealingError
+from healing_utils.base.paths import run_folder
 from healing_utils.base.progress import Progress
-from healing_utils.base.records import canonical, write_atomically
+from healing_utils.base.records import Store, canonical, write_atomically
+from healing_utils.healing import models
+from healing_utils.healing.training import Encoded, encode, pick_device
 from healing_utils.study import compute, linguistics, planning, pool
-from healing_utils.study.cells import ALL_STAGES, PROBING_STAGES, Cell, by_unit
-from healing_utils.study.cluster import Ray
-from healing_utils.study.parameters import for_task
-from healing_utils.study.sources import Sources
+from healing_utils.study.cells import ALL_STAGES, Cell
+from healing_utils.study.parameters import for_task, read_parameters
+from healing_utils.texts.corpora import Corpus, load_corpus
+from healing_utils.texts.tasks import Split, TaskData, load_task
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scikit-learn")
 FEW = 3  # cells: processes take seconds to start
+SIMILARITY_EXAMPLES = 200  # test sentences over which representations are compared
+Examples = tuple[Encoded, Encoded | None, Encoded]  # training, validation, test
 
 
-class Study(Sources):
+class Study:
     """A run's folder and its parameters; plans and runs the stages.
 
     ``Study(parameters).run("baseline")`` computes what is missing and returns the stage's table.
     """
 
-    _processes: pool.Processes | None = None  # they go on from stage to stage
+    plan, corruptions = planning.plan, planning.corruptions
+
+    def __init__(self, parameters: Mapping[str, Any]):
+        self.parameters = read_parameters(parameters)
+        self.run_folder = run_folder(self.parameters["run"])
+        self.store = Store(self.run_folder)
+        torch.set_num_threads(self.parameters["threads"])
+        self.device = pick_device(self.parameters["device"])
+        # Kept by the study and not by the process: a kernel outlives changes of a local file.
+        for name in ("task", "content", "test_content", "whole_corpus"):
+            setattr(self, name, functools.cache(getattr(self, name)))
+        self.on_step: Callable[..., None] = lambda *_: None  # of the training that goes on
+        self._examples: dict[tuple[Any, ...], Examples] = {}
+        # Of the last broken cell, with its states: those of one unit stand side by side in a plan.
+        self.intact_models: dict[str, tuple[torch.nn.Module, Any]] = {}
+        self._processes: pool.Processes | None = None  # they go on from stage to stage
 
     def describe(self) -> str:
         """Models, tasks and device of this study, for the top of a notebook."""
-        p, lines = self.parameters, []
+        p, lines, made = self.parameters, [], self.provenance()
         for model in p["model"]:
             config = self.config(model)
             lines.append(
@@ -50,43 +69,32 @@ class Study(Sources):
                 f"vocabulary {config.vocab_size:,}"
             )
         for name in p["task"]:
-            data = self.task(name)
-            size = for_task(p, name)["train_size"]
-            size = len(data.pool) if size is None else size
+            data, size = self.task(name), for_task(p, name)["train_size"]
             what = f"{data.num_labels} classes" if data.classes else "regression"
             lines.append(
-                f"task {name}: {what}, {size:,} training examples, "
-                f"{len(data.test):,} scored, metric {data.metric}"
+                f"task {name}: {what}, {len(data.pool) if size is None else size:,} training "
+                f"examples, {len(data.test):,} scored, metric {data.metric}"
             )
         if p["head"] != "first":
             lines.append(f"head: reads the {p['head']} over all tokens")
-        made = self.provenance()
-        lines += planning.left_out(self)
+        for name, scan in p["scans"].items():
+            if scan.get("task") and not set(scan["task"]) & set(p["task"]):
+                tasks = ", ".join(scan["task"])
+                lines.append(
+                    f"scan {name} is left out: its tasks ({tasks}) are not among the study's"
+                )
         lines.append(
             f"on {made['device']} with {made['threads']} threads, Python {made['python']}, "
             f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}"
         )
         return "\n".join(lines)
 
-    def plan(self, stage: str) -> list[Cell]:
-        """The cells of a stage, in the order in which they are computed: see `planning.plan`."""
-        return planning.plan(self, stage)
-
-    def cell(self, state: str, model: str, task: str, seed: int, *place: Any, **how: Any) -> Cell:
-        """The cell of a model that is scored on a task: see `planning.task_cell`."""
-        return planning.task_cell(self, state, model, task, seed, *place, **how)
-
-    def corruptions(self, model: str) -> list[planning.Place]:
-        """Side, level, kind and layers of the main grid for one model."""
-        return planning.corruptions(self, model)
-
     def run(self, stage: str, plan: bool = True) -> pd.DataFrame:
         """Compute the stage's missing cells and return its table.
 
-        Cells that another run on the same folder is computing are waited for. A cell that fails
-        does not stop the others; all failures are raised together at the end, what is done is kept.
-        `plan` makes these cells the stage's cells in this folder; without it they are computed
-        beside them. Raises HealingError where a cell failed.
+        Cells that another run on the same folder is computing are waited for. `plan` makes these
+        cells the stage's cells in this folder; without it they are computed beside them. Raises
+        HealingError where cells failed, after all others are done.
         """
         cells = self.plan(stage)
         if plan:
@@ -95,11 +103,7 @@ class Study(Sources):
         return self.table(stage, cells)
 
     def compute(
-        self,
-        cells: list[Cell],
-        what: str,
-        executor: str | None = None,
-        address: str | None = None,
+        self, cells: list[Cell], what: str, executor: str | None = None, address: str | None = None
     ) -> None:
         """Compute those of `cells` that have no record; `what` they are stands in the progress and
         in errors. `executor`: `workers`, as many processes as the parameter says, `in-process`, or
@@ -108,34 +112,27 @@ class Study(Sources):
         self.store.sweep()
         each = {cell.key: cell for cell in cells}  # scans may share a cell
         todo = [cell for cell in each.values() if self.store.read(cell.stage, cell.key) is None]
-        if executor is None:  # with one worker, no further process is on its GPU
-            executor = "workers" if self.parameters["workers"] > 1 else "in-process"
-        if executor == "workers" and len(todo) < FEW:
+        workers, failures = self.parameters["workers"], []
+        if executor is None and workers == 1:  # so that no further process is on its GPU
             executor = "in-process"
-        make = functools.partial(Study, {**self.parameters, "run": str(self.run_folder)})
-        failures: list[tuple[Cell, Exception]] = []
-        with Progress(len(each), what, unit="cell") as bar, contextlib.ExitStack() as open_pool:
+        with Progress(len(each), what, unit="cell") as bar, contextlib.ExitStack() as opened:
             bar.update(len(each) - len(todo), note=f"{len(each) - len(todo)} found finished")
             if not todo:
                 return
+            note = functools.partial(bar.update, 0)
+            make = functools.partial(Study, {**self.parameters, "run": str(self.run_folder)})
             if executor == "ray":
-                backend: pool.Backend = Ray(make, self.parameters, address)
-                open_pool.callback(backend.close)
-            elif executor == "workers":
-                self._processes = self._processes or pool.Processes(
-                    make, self.parameters["workers"]
-                )
-                backend = self._processes
+                backend: Any = pool.Ray(self, make, address)
+                opened.callback(backend.close)
+            elif executor == "in-process" or len(todo) < FEW:
+                backend = pool.InProcess(self, note)
             else:
-                backend = pool.InProcess(self)
-            computed = pool.outcomes(
-                self, todo, functools.partial(planning.needs, self), backend,
-                lambda note: bar.update(0, note=note),
-            )  # fmt: skip
-            open_pool.enter_context(contextlib.closing(computed))  # no process goes on after a stop
+                backend = self._processes = self._processes or pool.Processes(make, workers)
+            needs = functools.partial(planning.needs, self)
+            computed = pool.outcomes(self, todo, needs, backend, note)
+            opened.enter_context(contextlib.closing(computed))  # no process goes on after a stop
             for cell, error in computed:
-                if error is not None:
-                    failures.append((cell, error))
+                failures += [(cell, error)] if error else []
                 bar.update(1)
         for cell, error in failures:
             print(f"--- {cell.name} ---", file=sys.stderr)
@@ -149,7 +146,7 @@ class Study(Sources):
 
     def close(self) -> None:
         """End the processes that computed, which else end with this one."""
-        if self._processes is not None:
+        if self._processes:
             self._processes.close()
 
     def keep_plan(self, stage: str, cells: list[Cell]) -> None:
@@ -157,10 +154,8 @@ class Study(Sources):
         planned = [
             {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()} for c in cells
         ]
-        write_atomically(
-            self.run_folder / "plans" / f"{stage}.json",
-            canonical({"stage": stage, "cells": planned}),
-        )
+        path = self.run_folder / "plans" / f"{stage}.json"
+        write_atomically(path, canonical({"stage": stage, "cells": planned}))
 
     def keep_plans(self) -> list[Cell]:
         """Make what the parameters plan the cells of all stages in this folder; return them, one
@@ -169,7 +164,7 @@ class Study(Sources):
         for stage, cells in planned.items():
             if stage != "networks":
                 self.keep_plan(stage, cells)
-        return by_unit([cell for cells in planned.values() for cell in cells])
+        return planning.by_unit([cell for cells in planned.values() for cell in cells])
 
     def table(self, stage: str, cells: list[Cell] | None = None) -> pd.DataFrame:
         """The stage's finished cells; raises HealingError naming a planned cell that is missing.
@@ -179,30 +174,29 @@ class Study(Sources):
         for cell in cells or self.plan(stage):
             record = self.store.read(cell.stage, cell.key)
             if record is None:
-                raise HealingError(
-                    f"stage {cell.stage} lacks the cell {cell.name}: run that stage first "
-                    f"(in {self.run_folder})"
-                )
+                lack = f"stage {cell.stage} lacks the cell {cell.name}"
+                raise HealingError(f"{lack}: run that stage first (in {self.run_folder})")
             # The record may have been made under another name of the same cell (a side, a metric, a
             # model's folder): the table says what was asked for here.
             found.append({**record, "cell": cell.columns()})
         return table(found, stage)
 
-    def record(self, cell: Cell, on_step: Callable[..., None]) -> None:
-        """Compute a cell and write its record."""
-        start = time.perf_counter()
-        probing = cell.stage in PROBING_STAGES
-        work = linguistics.COMPUTE[cell.stage] if probing else compute.COMPUTE[cell.state]
-        result = work(self, cell, on_step)
+    def record(self, cell: Cell, on_step: Callable[..., None] = lambda *_: None) -> None:
+        """Compute a cell and write its record; `on_step` is that of `fine_tune`."""
+        start, self.on_step = time.perf_counter(), on_step
+        work = compute.COMPUTE | linguistics.COMPUTE
+        try:
+            result = work[cell.stage if cell.corpus else cell.state](self, cell)
+        finally:
+            self.on_step = lambda *_: None
+        seconds = round(time.perf_counter() - start, 3)
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = {
             "cell": cell.columns(),
             "determinants": json.loads(cell.determinants),
             "result": result,
             "made": self.provenance(),
-            "times": {
-                "seconds": round(time.perf_counter() - start, 3),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            },
+            "times": {"seconds": seconds, "finished": finished},
         }
         self.store.write(cell.stage, cell.key, record)
 
@@ -217,8 +211,94 @@ class Study(Sources):
             "versions": {name: version(name) for name in PACKAGES},
         }
 
+    # -- what it reads -----------------------------------------------------------------------------
 
-@lru_cache(maxsize=1)
+    @property
+    def healed_tasks(self) -> list[str]:
+        """Whose broken and healed models are probed."""
+        given = self.parameters["healed_tasks"]
+        return self.parameters["task"] if given is None else given
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """The parameters as they are for a cell."""
+        return for_task(self.parameters, cell.task) | dict(cell.settings)
+
+    def config(self, model: str) -> Any:
+        return models.load_config(model, self.parameters["model_revision"])
+
+    def tokenizer(self, model: str) -> Any:
+        return models.load_tokenizer(model, self.parameters["model_revision"])
+
+    def task(self, name: str) -> TaskData:
+        names = ("text_column", "label_column", "metric", "data_revision", "test_size")
+        return load_task(name, *(self.parameters[one] for one in names))
+
+    def draw(self, cell: Cell) -> tuple[Split, Split | None]:
+        """A cell's training and held-out examples; the draw depends on the seed."""
+        p = self.settings(cell)
+        return self.task(cell.task).draw(cell.seed, p["train_size"], p["validation_size"])
+
+    def examples(self, cell: Cell) -> Examples:
+        """A cell's examples, tokenised."""
+        p, data, tokenizer = self.settings(cell), self.task(cell.task), self.tokenizer(cell.model)
+        key = (cell.model, cell.task, p["max_length"], cell.seed, p["train_size"])
+        if key not in self._examples:
+            # The test examples are the same for every seed.
+            test = {k[:3]: e[2] for k, e in self._examples.items()}.get(key[:3])
+            self._examples.clear()  # one at a time: several full data sets would not fit
+
+            def encoded(split: Split) -> Encoded:
+                return encode(
+                    tokenizer, split.texts, split.labels, p["max_length"], data.regression
+                )
+
+            train, validation = self.draw(cell)
+            held_out = encoded(validation) if validation else None
+            self._examples[key] = encoded(train), held_out, test or encoded(data.test)
+        return self._examples[key]
+
+    def sample(self, cell: Cell) -> Encoded:
+        """The test sentences over which representations are compared."""
+        test, few = self.examples(cell)[2], slice(0, SIMILARITY_EXAMPLES)
+        types = test.types[few] if test.types else None
+        return Encoded(test.ids[few], types, test.labels[few], test.pad)
+
+    def content(self, name: str, seed: int, train_size: int | None) -> tuple[str, str, str]:
+        """Hashes of a task's training, validation and test examples for one seed."""
+        held_out = self.parameters["validation_size"]
+        train, validation = self.task(name).draw(seed, train_size, held_out)
+        return train.sha(), validation.sha() if validation else "", self.test_content(name)
+
+    def test_content(self, name: str) -> str:
+        return self.task(name).test.sha()
+
+    def sources(self) -> list[tuple[str, str | None]]:
+        """(corpus, column) pairs: of one corpus every column, of several the one at its place."""
+        corpora, columns = self.parameters["corpus"], self.parameters["column"] or [None]
+        if len(columns) == 1:
+            columns = columns * len(corpora)
+        if len(corpora) == 1:
+            corpora = corpora * len(columns)
+        if len(columns) != len(corpora):
+            raise HealingError(
+                f"corpus names {len(corpora)} corpora and column {len(columns)} columns: need one "
+                "column for each, one for all, or a single corpus"
+            )
+        return list(zip(corpora, columns, strict=True))
+
+    def whole_corpus(self, name: str, column: str | None) -> Corpus:
+        return load_corpus(
+            name, column, self.parameters["corpus_test"], words=self.parameters["word_column"]
+        )
+
+    def corpus(self, name: str, column: str | None, seed: int) -> Corpus:
+        """The sentences of one seed."""
+        p, whole = self.parameters, self.whole_corpus(name, column)
+        train, test = p["probe_train"] or len(whole.train), p["probe_test"] or len(whole.test)
+        return whole.draw(seed, min(train, len(whole.train)), min(test, len(whole.test)))
+
+
+@functools.cache
 def processor() -> str:
     """The processor's model where the system tells it, else its kind."""
     with contextlib.suppress(OSError):

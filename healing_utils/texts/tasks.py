@@ -8,31 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
 
 METRICS = ("f1", "accuracy", "matthews", "spearman")
-SUFFIXES = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+SCORED = ("test", "validation", "valid", "val", "dev")  # the first that is there is scored
 # Column names in use on the hub, most specific first; a pair stands for two text columns.
-TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
-    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
-    ("question", "sentence"), ("text",), ("sentence",), ("content",), ("review",), ("tweet",),
-    ("comment",), ("title",),
+TEXT_COLUMNS = (
+    "sentence1 sentence2", "premise hypothesis", "question1 question2", "question sentence",
+    "text", "sentence", "content", "review", "tweet", "comment", "title",
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set on the hub, and the split of it that is scored.
+    """A data set on the hub, and the split of it that is scored: one with public labels.
 
-    `scored` is the test split, or the validation split where the test labels are not public.
     Nothing is ever chosen on it: validation examples come out of the training split.
     """
 
@@ -73,14 +79,14 @@ class Split:
     """Sentences, or pairs of them, and their labels (class ids, or floats for regression)."""
 
     texts: list[Any]
-    labels: list[float]
+    labels: list[Any]
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, rows: Iterable[int]) -> Split:
+    def take(self, rows: Iterable[int]) -> Self:
         rows = list(rows)
-        return Split([self.texts[i] for i in rows], [self.labels[i] for i in rows])
+        return type(self)([self.texts[i] for i in rows], [self.labels[i] for i in rows])
 
     def sha(self) -> str:
         """Hash of the content, which stands for it in a cell's key."""
@@ -113,11 +119,7 @@ class TaskData:
     def draw(
         self, seed: int, train_size: int | None, validation_size: int
     ) -> tuple[Split, Split | None]:
-        """Training and validation examples for one seed, sharing no example.
-
-        The draw depends on the seed, so that an interval over seeds holds the choice of training
-        examples too. Validation is for learning curves; nothing is chosen on it.
-        """
+        """Training and validation examples for one seed, sharing no example."""
         rows = list(range(len(self.pool)))
         random.Random(seed).shuffle(rows)
         if self.validation is not None:
@@ -127,10 +129,8 @@ class TaskData:
             rows = rows[validation_size:]
         wanted = len(rows) if train_size is None else train_size
         if not 0 < wanted <= len(rows):
-            raise HealingError(
-                f"train_size is {train_size} but task {self.name!r} leaves {len(rows)} examples "
-                f"for training beside {validation_size} for validation"
-            )
+            left = f"{len(rows)} examples for training beside {validation_size} for validation"
+            raise HealingError(f"train_size is {train_size} but task {self.name!r} leaves {left}")
         return self.pool.take(rows[:wanted]), validation if len(validation) else None
 
 
@@ -172,135 +172,129 @@ def _from_tables(
     name: str, text: str | Sequence[str] | None, label: str | None, revision: str | None
 ) -> TaskData:
     """A task whose texts and labels are columns of the hub's tables or of files."""
-    train, test, task = _open(name, revision)
-    usual = [task.text] if task else TEXT_COLUMNS
-    texts = _columns("text", (text,) if isinstance(text, str) else text, usual, train, name)
+    tables, task = _open(name, revision)
+    usual = [" ".join(task.text)] if task else TEXT_COLUMNS
+    texts = (text,) if isinstance(text, str) else text or _usual("text", usual, tables[0], name)
+    label = label or _usual("label", LABEL_COLUMNS, tables[0], name)[0]
     if len(texts) > 2:
         raise HealingError(f"{len(texts)} text columns named; one or two are possible")
-    usual = [(column,) for column in LABEL_COLUMNS]
-    (label,) = _columns("label", (label,) if label else None, usual, train, name)
-    kind = getattr(train.features[label], "dtype", "list")
-    if kind in ("list", "dict"):
-        raise HealingError(f"task {name!r}: column {label!r} holds no single label a text")
-    # Where classes have names, the hub writes -1 for a label that is kept secret.
-    names = getattr(train.features[label], "names", None)
-    labels = [list(table[label]) for table in (train, test)]
-    for where, values in zip(("training", "scored"), labels, strict=True):
-        missing = sum(v is None or v != v or (bool(names) and v == -1) for v in values)
-        if missing:
-            raise HealingError(
-                f"task {name!r}: {missing} of {len(values)} {where} labels in column {label!r} are "
-                "missing" + (" (None or -1)" if names else "")
-            )
-    if kind.startswith("float"):
-        ids = [[float(v) for v in values] for values in labels]
-        classes: tuple[str, ...] = ()
-    else:
-        order = list(range(len(names))) if names else sorted(set(labels[0]))
-        index = {value: i for i, value in enumerate(order)}
-        unseen = sorted({str(v) for v in labels[1] if v not in index})
-        if unseen:
-            raise HealingError(
-                f"task {name!r}: label {unseen[0]!r} is scored but never occurs in training"
-            )
-        ids = [[index[v] for v in values] for values in labels]
-        classes = tuple(names or map(str, order))
+    parts = [_split(table, texts, label, name) for table in tables]
+    if len(parts) == 1:  # a fifth is scored, the same fifth always
+        count = len(parts[0])
+        if count < 2:
+            raise HealingError(f"task {name!r} has {count} rows: too few to split")
+        rows, held_out = np.random.default_rng(0).permutation(count), math.ceil(0.2 * count)
+        parts = [parts[0].take(rows[held_out:]), parts[0].take(rows[:held_out])]
+    if not all(map(len, parts)):
+        raise HealingError(f"task {name!r} has no rows to train on or to score")
+    classes: list[Any] = []
+    if not pa.types.is_floating(tables[0].schema.field(label).type):
+        classes = _class_names(tables[0], label) or sorted(set(parts[0].labels))
+        if unseen := sorted(map(str, set(parts[1].labels) - set(classes))):
+            said = f"label {unseen[0]!r} is scored but never occurs in training"
+            raise HealingError(f"task {name!r}: {said}")
         if len(classes) < 2:
             raise HealingError(f"task {name!r} has only one class in column {label!r}")
-    pool, scored = (
-        Split(_texts(table, texts, name), found)
-        for table, found in zip((train, test), ids, strict=True)
-    )
-    default = task.metric if task else ("f1" if classes else "spearman")
-    return TaskData(name, pool, scored, classes, default)
+    elif isinstance(parts[1].labels[0], str):
+        raise HealingError(f"task {name!r}: column {label!r} holds numbers in training only")
+    number = {value: i for i, value in enumerate(classes)}.__getitem__ if classes else float
+    pool, test = (Split(part.texts, list(map(number, part.labels))) for part in parts)
+    metric = task.metric if task else ("f1" if classes else "spearman")
+    return TaskData(name, pool, test, tuple(map(str, classes)), metric)
 
 
-def _open(name: str, revision: str | None) -> tuple[Any, Any, Task | None]:
-    """Training and scored tables of a task, and its registry entry if it has one."""
-    named = [
-        task
-        for key, task in REGISTRY.items()
-        if name in (key, task.hub, f"{task.hub}:{task.config}")
-    ]
+def _open(name: str, revision: str | None) -> tuple[list[pa.Table], Task | None]:
+    """Training table, scored table if there is one, and the registry entry if there is one."""
+    named = [t for key, t in REGISTRY.items() if name in (key, t.hub, f"{t.hub}:{t.config}")]
     task = named[0] if len(named) == 1 else None  # GLUE's hub name alone stands for seven
     path = Path(name).expanduser()
-    if task is None and (path.exists() or path.suffix in SUFFIXES):
-        files = _files(path)
-        kinds = {SUFFIXES[file.suffix] for file in files.values()}
-        if len(kinds) > 1:
-            kinds = ", ".join(sorted(kinds))
-            raise HealingError(f"files in {path} are of different types: {kinds}")
-        data_files = {split: str(file) for split, file in files.items()}
-        splits = _load(f"cannot read {path}", kinds.pop(), data_files=data_files)
-    else:
-        if task is None and "/" not in name:
-            known = [*organism.TASKS, *REGISTRY]
-            choose(name, known, "task (or give a hub name with its owner, or a file)")
-        hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
-        doing = f"cannot load data set {name!r} from the hub"
-        splits = _load(doing, hub, config or None, revision=revision)
-    scored = [task.scored] if task else ["test", "validation", "dev"]
-    found = next((s for s in scored if s in splits), None)
-    if "train" not in splits or (found is None and set(splits) != {"train"}):
-        raise HealingError(
-            f"task {name!r} has splits {', '.join(splits)}: need train and {' or '.join(scored)}"
-        )
-    if found is None:  # one file: a fifth of it is scored, the same fifth always
-        if len(splits["train"]) < 2:
-            raise HealingError(f"task {name!r} has {len(splits['train'])} rows: too few to split")
-        splits, found = splits["train"].train_test_split(test_size=0.2, seed=0), "test"
-    return splits["train"], splits[found], task
-
-
-def _load(doing: str, *arguments: Any, **settings: Any) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
+    local = task is None and (path.exists() or path.suffix in SUFFIXES)
+    if not (task or local or "/" in name):
+        what = "task (or give a hub name with its owner, or a file)"
+        choose(name, [*organism.TASKS, *REGISTRY], what)
+    files = _files(path) if local else {}
     try:
-        return datasets.load_dataset(*arguments, **settings)
+        if local:
+            splits = {split: _read(file) for split, file in files.items()}
+        else:
+            import datasets  # takes seconds, and only the hub needs it
+
+            datasets.disable_progress_bars()
+            hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
+            found = datasets.load_dataset(hub, config or None, revision=revision)
+            splits = {split: data.data.table for split, data in found.items()}
     except Exception as error:
-        wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        cause = (error.__cause__ if wrapped else None) or error
-        empty = "it holds no rows" if isinstance(cause, StopIteration) else type(cause).__name__
-        why = str(cause) or empty
+        doing = f"cannot read {path}" if local else f"cannot load data set {name!r} from the hub"
+        why = str(error) or type(error).__name__
         raise HealingError(f"{doing}: {why.splitlines()[0]}") from error
+    wanted = (task.scored,) if task else SCORED
+    scored = [splits[split] for split in wanted if split in splits]
+    if "train" not in splits or (not scored and len(splits) > 1):
+        need = f"need train and {' or '.join(wanted)}"
+        raise HealingError(f"task {name!r} has splits {', '.join(splits)}: {need}")
+    return [splits["train"], *scored[:1]], task
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """A file, or the files named train, validation, dev and test in a folder, by split."""
+    """A file, or the files in a folder that are named like splits, by split."""
     if path.is_dir():
         files = {f.stem: f for f in sorted(path.iterdir()) if f.suffix in SUFFIXES}
         if "train" not in files:
             raise HealingError(f"folder {path} holds no train.csv, train.jsonl or train.parquet")
-        return {s: f for s, f in files.items() if s in ("train", "validation", "dev", "test")}
+        return {split: files[split] for split in ("train", *SCORED) if split in files}
     if not path.exists():
         raise HealingError(f"no such file: {path}")
     choose(path.suffix, SUFFIXES, f"file type of {path}")
     return {"train": path}
 
 
-def _columns(
-    what: str, wanted: Sequence[str] | None, usual: Sequence[tuple[str, ...]], table: Any, name: str
-) -> tuple[str, ...]:
-    """The columns that are wanted, or the first usual ones that are there."""
-    if wanted:
-        return tuple(choose(c, table.column_names, f"{what} column of {name!r}") for c in wanted)
-    for columns in usual:
-        if set(columns) <= set(table.column_names):
-            return columns
-    raise HealingError(
-        f"no {what} column found in {name!r}, which has {', '.join(table.column_names)}: name it "
-        f"({what}_column)"
-    )
+def _read(path: Path) -> pa.Table:
+    """A file as it is now; handed over open, since libraries read patterns into a path."""
+    with path.open("rb") as file:
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(file)
+        if path.suffix == ".csv":
+            frame = pd.read_csv(file, low_memory=False)  # in one go: one type a column
+            return pa.Table.from_pandas(frame, preserve_index=False)
+        if file.peek(1)[:1] == b"[":  # a list of objects, not one a line
+            return pa.Table.from_pylist(json.load(file))
+        whole = pyarrow.json.ReadOptions(block_size=path.stat().st_size + 1)
+        return pyarrow.json.read_json(file, whole)
 
 
-def _texts(table: Any, columns: tuple[str, ...], name: str) -> list[Any]:
-    values = [list(table[column]) for column in columns]
-    for column, texts in zip(columns, values, strict=True):
-        for row, value in enumerate(texts):
+def _usual(what: str, usual: Sequence[str], table: pa.Table, name: str) -> tuple[str, ...]:
+    there = table.column_names
+    for columns in map(str.split, usual):
+        if set(columns) <= set(there):
+            return tuple(columns)
+    said = f"no {what} column found in {name!r}, which has {', '.join(there)}"
+    raise HealingError(f"{said}: name it ({what}_column)")
+
+
+def _class_names(table: pa.Table, column: str) -> list[str] | None:
+    """What the hub's own files say that the numbers of a column stand for."""
+    written = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
+    return written.get("info", {}).get("features", {}).get(column, {}).get("names")
+
+
+def _split(table: pa.Table, texts: Sequence[str], label: str, name: str) -> Split:
+    """Texts and labels, these by the names that the table itself has for its numbers."""
+    for column in (*texts, label):
+        choose(column, table.column_names, f"column of {name!r}")
+    if pa.types.is_nested(table.schema.field(label).type):
+        raise HealingError(f"task {name!r}: column {label!r} holds no single label a text")
+    labels, names = table[label].to_pylist(), _class_names(table, label)
+    # Where classes have names, the hub writes -1 for a label that is kept secret.
+    missing = sum(v is None or v != v or (bool(names) and v == -1) for v in labels)
+    if missing:
+        said = f"{missing} of {len(labels)} labels in column {label!r} are missing"
+        raise HealingError(f"task {name!r}: {said}{' (None or -1)' if names else ''}")
+    columns = [table[column].to_pylist() for column in texts]
+    for column, values in zip(texts, columns, strict=True):
+        for row, value in enumerate(values):
             # Half of a pair may be blank (Quora has such questions); a whole text may not.
-            if not isinstance(value, str) or (len(columns) == 1 and not value.strip()):
-                raise HealingError(
-                    f"task {name!r}: column {column!r} holds no text in row {row} ({value!r})"
-                )
-    return values[0] if len(values) == 1 else [list(pair) for pair in zip(*values, strict=True)]
+            if not isinstance(value, str) or (len(texts) == 1 and not value.strip()):
+                said = f"column {column!r} holds no text in row {row} ({value!r})"
+                raise HealingError(f"task {name!r}: {said}")
+    found = columns[0] if len(columns) == 1 else list(map(list, zip(*columns, strict=True)))
+    return Split(found, [names[v] for v in labels] if names else labels)

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import shutil
 
 import pandas as pd
 import pytest
 from helpers import save_tiny_bert, tiny_study, write_planted_task
+from planted import INTACT, SEEDS, cells, curves
 
-from healing_utils.analysis import guidance, harm, price, results
-from healing_utils.base.errors import HealingError
+from healing_utils.analysis import harm, price, results
+from healing_utils.analysis.claims import decide
+from healing_utils.analysis.ledger import Tables
 from healing_utils.report import harm_figures
 from healing_utils.report.figures import alt_text
 from healing_utils.study.study import Study
-
-SEEDS, NOISE = (0, 1, 2, 3, 4), 1e-4
-
-
-def cells(*rows, seeds=SEEDS) -> pd.DataFrame:
-    """The table of `gather` for planted scores, each with a little noise of its own by seed."""
-    out = []
-    for number, (row, seed) in enumerate(itertools.product(rows, seeds)):
-        plain = {
-            "model": "m", "task": "t", "state": "healed", "side": "bottom", "level": 0.5,
-            "layers": (0, 1, 2), "kind": "reinit", "strength": math.nan, "harm": "reinit",
-            "part": "all", "start": "pre-trained", "recipe": "full", "train_size": 100,
-            "epochs": 2.0, "learning_rate": 1e-3, "evaluations": 3, "head": "first", "scan": "main",
-            "usual": True, "metric": "f1", "chance": 0.5, "test_size": 100, "diverged": "",
-            "key": f"k{number}",
-        }  # fmt: skip
-        row = plain | {"seed": seed} | row
-        if row["state"] in ("intact", "scratch"):
-            row |= {"side": "none", "level": 0.0, "kind": "none", "harm": "none", "layers": ()}
-        row["score"] += NOISE * math.sin(7 * seed + 3 * number)
-        out.append(row)
-    table = pd.DataFrame(out)
-    main = table[(table["state"] == "intact") & table["usual"]].set_index("seed")["score"]
-    table["intact"] = table["seed"].map(main)
-    table["loss"] = table["intact"] - table["score"]
-    table["retained"] = table["score"] / table["intact"]
-    return table
-
-
-INTACT = {"state": "intact", "score": 0.9}
-
 
 # --- The map --------------------------------------------------------------------------------------
 
@@ -65,7 +34,7 @@ def test_the_planted_layer_is_the_vulnerable_one():
 def test_the_map_leaves_out_other_training_other_kinds_and_scattered_harm():
     one = {"side": "custom", "layers": (0,), "level": 1 / 6, "score": 0.8}
     strange = [
-        {"recipe": "drop"}, {"start": "fine-tuned"}, {"usual": False}, {"harm": "zero"},
+        {"recipe": "drop"}, {"start": "fine-tuned"}, {"epochs": 3.0}, {"kind": "zero"},
         {"side": "scattered"},
     ]  # fmt: skip
     table = harm.vulnerability(cells(INTACT, one, *({**one, "score": 0.1} | s for s in strange)))
@@ -78,37 +47,6 @@ def test_a_cell_of_two_scans_counts_once():
     assert harm.vulnerability(pd.concat([table, again])).equals(harm.vulnerability(table))
 
 
-# --- Claims beyond re-initialisation --------------------------------------------------------------
-
-
-def test_claims_are_made_for_every_kind_with_both_sides():
-    rows = [
-        {"kind": kind, "harm": kind, "side": side, "layers": (side == "top",), "score": score}
-        for kind, by_side in {"reinit": (0.6, 0.8), "zero": (0.8, 0.6)}.items()
-        for side, score in zip(("bottom", "top"), by_side, strict=True)
-    ]
-    table = harm.claims_by_harm(cells(INTACT, *rows))
-    verdicts = table.set_index(["kind", "claim"])["effect"]
-    assert verdicts["reinit", "A3"] == pytest.approx(0.2, abs=1e-3)
-    assert verdicts["zero", "A3"] == pytest.approx(-0.2, abs=1e-3)
-    assert verdicts["zero", "A1"] == pytest.approx(0.2, abs=1e-3)
-
-
-def test_controls_tell_the_bottom_from_how_much_is_hit():
-    rows = [
-        {"score": 0.6},
-        {"side": "random", "layers": (1, 4, 5), "score": 0.75},
-        {"side": "scattered", "layers": tuple(range(6)), "score": 0.6},
-    ]
-    found = harm.against_controls(cells(INTACT, *rows)).set_index("control")
-    assert found.loc["random", "effect"] == pytest.approx(0.15, abs=1e-3)
-    assert found.loc["random", "low"] > 0.01 and found.loc["random", "same"] == 0
-    assert found.loc["scattered", "verdict"] == "fails"
-    # Five units reach 1/32; corrected over two rows that is above 0.05, and the verdict says so.
-    assert found.loc["random", "p_corrected"] == pytest.approx(2 / 32)
-    assert found.loc["random", "verdict"] == "undecided"
-
-
 # --- First aid ------------------------------------------------------------------------------------
 
 
@@ -117,12 +55,10 @@ def test_the_league_finds_what_helps_and_what_hurts():
     rows = [{"recipe": name, "score": score} for name, score in scores.items()]
     table = harm.league(cells(INTACT, *rows)).set_index("recipe")
     assert list(table.index)[0] == "drop" and list(table.index)[-1] == "corrupted_only"
-    assert table["verdict"].to_dict() == {
-        "drop": "better", "transplant": "same", "full": "", "corrupted_only": "worse",
-    }  # fmt: skip
-    assert table.loc["drop", "gain"] == pytest.approx(0.1, abs=1e-3)
-    assert table.loc["drop", "units_needed"] == 2  # an effect of hundreds of standard deviations
-    assert math.isnan(table.loc["transplant", "units_needed"])  # nothing beyond the margin to show
+    assert table["gain"].to_dict() == pytest.approx(
+        {"drop": 0.1, "transplant": 0.0, "corrupted_only": -0.2}, abs=1e-3
+    )
+    assert table.loc["drop", "gain_low"] > 0.09 and (table["n"] == len(SEEDS)).all()
 
 
 def test_recipes_for_different_layers_are_not_mixed():
@@ -132,8 +68,21 @@ def test_recipes_for_different_layers_are_not_mixed():
     ]
     rows.append({**rows[0], "recipe": "drop"})
     table = harm.league(cells(INTACT, *rows)).set_index("recipe")
-    assert set(table["where"]) == {"0"} and (table["n"] == len(SEEDS)).all()
-    assert table.loc["drop", "verdict"] == "same"
+    assert set(table["place"]) == {"layer 0"} and (table["n"] == len(SEEDS)).all()
+    assert table.loc["drop", "gain"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_budget_is_compared_with_its_own_intact_model():
+    """What was trained less is no worse healed for it, where its intact model is beside it."""
+    less = {"epochs": 1.0, "steps": 3.0, "scan": "usual"}
+    table = cells(INTACT, {"score": 0.8}, INTACT | less | {"score": 0.6}, {"score": 0.54} | less)
+    short = table[table["epochs"] == 1.0]
+    assert (short["budget"] == "3/7 of the steps").all() and not short["usual"].any()
+    assert short[short["state"] == "healed"]["retained"].mean() == pytest.approx(0.9, abs=1e-3)
+    # A table of kinds takes the budget at which most kinds were tried.
+    kinds = [{"score": 0.5, "kind": kind} | less for kind in ("zero", "init")]
+    found = harm.by_harm(cells(INTACT, {"score": 0.8}, INTACT | less, *kinds))
+    assert set(found["harm"]) == {"zero", "init"}
 
 
 def test_a_cell_that_a_scan_names_by_its_layers_still_counts_by_side():
@@ -148,10 +97,7 @@ def test_a_cell_that_a_scan_names_by_its_layers_still_counts_by_side():
 
 def priced(scores, **more):
     """Needed for each share, of scores by number of examples; the intact score is 0.9."""
-    rows = [
-        {"score": score, "train_size": size, "usual": size == 100, **more}
-        for size, score in scores.items()
-    ]
+    rows = [{"score": score, "train_size": size, **more} for size, score in scores.items()]
     table = price.price(cells(INTACT, *rows))
     return dict(zip(table["share"], table["needed"], strict=True))
 
@@ -169,14 +115,14 @@ def test_a_budget_after_which_the_score_falls_again_does_not_count():
 
 def test_what_lies_within_the_noise_is_not_resolvable():
     rows = [
-        {"score": 0.81 + (0.05 if seed % 2 else -0.05), "seed": seed, "train_size": size,
-         "usual": size == 100}
+        {"score": 0.81 + (0.05 if seed % 2 else -0.05), "seed": seed, "train_size": size}
         for size in (50, 100)
         for seed in SEEDS
     ]  # fmt: skip
     table = cells(INTACT)
-    table = pd.concat([table, cells(INTACT, *rows, seeds=[0]).query("state == 'healed'")])
-    table["intact"] = 0.9
+    planted = cells(*rows, seeds=[0])
+    planted["key"] = "own " + planted["key"]
+    table = pd.concat([table, planted])
     found = price.price(table).set_index("share")
     assert found.loc[0.9, "needed"] == "not resolvable"
     assert found.loc[0.99, "needed"] == "more than 100"
@@ -186,83 +132,42 @@ def test_a_training_that_broke_off_has_not_reached_the_share():
     table = cells(INTACT, {"score": 0.89})
     broke = curves(table, shape=(1.0, 1.0, 1.0))
     broke = broke[(broke["state"] == "intact") | (broke["seed"] > 0) | (broke["step"] < 30)]
-    found = price.price_in_steps(broke)
+    found = price.time_to_heal(broke)
     assert set(found[found["state"] == "healed"]["needed"]) == {"more than 30"}
 
 
-def test_other_rates_and_epochs_are_not_priced_in_examples():
-    rows = [
-        {"score": 0.7},
-        {"score": 0.9, "train_size": 50, "epochs": 8.0, "usual": False},
-    ]
-    assert price.price(cells(INTACT, *rows)).empty
+def test_only_trainings_that_differ_in_examples_alone_are_priced():
+    other = {"score": 0.9, "train_size": 50, "epochs": 8.0, "steps": 13.0}
+    assert price.price(cells(INTACT, {"score": 0.7}, other)).empty
+    # The same steps on fewer examples are a price too.
+    found = price.price(cells(INTACT, {"score": 0.9}, other | {"epochs": 4.0, "steps": 7.0}))
+    assert found.set_index("share").loc[0.9, "from"] == 50
 
 
-def curves(table: pd.DataFrame, shape=(0.4, 0.7, 1.0), steps=(10, 20, 30)) -> pd.DataFrame:
-    """Learning curves that reach each cell's score by shares `shape`."""
-    rows = []
-    table = table[table["state"] != "broken"].drop(columns=["intact", "loss", "retained", "usual"])
-    for row in table.to_dict("records"):
-        for step, share in zip(steps, shape, strict=True):
-            more = row["epochs"] / 2
-            rows.append({**row, "step": int(step * more), "score": share * row["score"]})
-    return pd.DataFrame(rows)
+def test_time_to_heal_is_told_for_each_length_of_training():
+    more = {"epochs": 8.0, "steps": 28.0, "scan": "long"}
+    table = cells(INTACT, {"score": 0.8}, INTACT | more, {"score": 0.9} | more)
+    found = price.time_to_heal(curves(table))
+    healed = found[(found["state"] == "healed") & (found["share"] == 0.9)].set_index("epochs")
+    assert healed.loc[2.0, "needed"] == "more than 30"  # 0.8 of 0.9
+    assert healed.loc[8.0, "needed"] == "120"
+    told = price.price_list(found)
+    assert list(told["epochs"]) == [2.0, 8.0] * 2 and "what" in told
 
 
-def test_steps_are_priced_from_the_longest_training():
-    table = cells(INTACT, {"score": 0.8}, {"score": 0.9, "epochs": 8.0, "usual": False})
-    found = price.price_in_steps(curves(table))
-    healed = found[found["state"] == "healed"].set_index("share")
-    assert healed.loc[0.9, "largest"] == 120 and healed.loc[0.9, "needed"] == "120"
-
-
-def test_the_control_chooses_its_rate_on_held_out_examples():
-    table = cells(
-        INTACT,
-        {"score": 0.7},
-        {"score": 0.8, "learning_rate": 2e-3, "usual": False},
-        {"score": 0.6, "learning_rate": 5e-4, "usual": False},
-        {"score": 0.85, "epochs": 8.0, "usual": False},
-    )
-    held_out = curves(table)
-    # On held-out examples the low rate is the best, whatever it scores on the test set.
-    low = held_out["learning_rate"] == 5e-4
-    held_out.loc[low, "score"] += 1
-    row = price.training_control(table, held_out).set_index("state").loc["healed"]
-    assert row["rate"] == 5e-4 and row["score_at_rate"] == pytest.approx(0.6, abs=1e-3)
-    assert row["usual_at_rate"] == pytest.approx(0.7, abs=1e-3) and row["n_rates"] == len(SEEDS)
-    assert row["more"] == 4 and row["gained"] == pytest.approx(0.15, abs=1e-3)
-    assert row["rising"]  # 0.7 to 1.0 of the score in the last third
-    flat = curves(table, shape=(0.9, 1.0, 1.0))
-    assert not price.training_control(table, flat).set_index("state").loc["healed", "rising"]
-
-
-# --- Guidance -------------------------------------------------------------------------------------
-
-
-def test_the_guidance_follows_the_data():
-    def advice(drop: float) -> str:
-        rows = [
-            {"score": 0.7},
-            {"recipe": "drop", "score": drop},
-            {"state": "scratch", "score": 0.75},
-        ]
-        return " ".join(guidance.advice(cells(INTACT, *rows)))
-
-    assert "drop, +10.0" in advice(0.8) and "Start anew after bottom 1/2" in advice(0.8)
-    assert "Clearly worse there: drop" in advice(0.5) and "no recipe is clearly" in advice(0.5)
-
-
-def test_the_guidance_names_what_no_gradient_can_heal():
-    table = cells(INTACT, {"score": 0.3, "harm": "zero", "kind": "zero"})
-    lost = (table["state"] == "healed") & (table["seed"] < 2)
-    table.loc[lost, "diverged"] = "the loss is nan"
-    said = " ".join(guidance.advice(table))
-    assert "After zero the training of 2 of 5 models broke off" in said
-
-
-def test_the_guidance_is_silent_on_what_was_not_run():
-    assert guidance.advice(cells(INTACT)) == []
+def test_what_a_longer_training_gains_on_is_censored():
+    more = {"epochs": 8.0, "steps": 28.0, "scan": "long"}
+    table = cells(INTACT, {"score": 0.7}, INTACT | more, {"score": 0.85} | more)
+    found = price.censored(table, curves(table, shape=(0.9, 1.0, 1.0)))
+    found = found.set_index(["state", "epochs"])
+    assert found["censored"].to_dict() == {
+        ("intact", 2.0): False, ("intact", 8.0): False,
+        ("healed", 2.0): True, ("healed", 8.0): False,
+    }  # fmt: skip
+    assert found.loc[("healed", 2.0), "gained"] == pytest.approx(0.15, abs=1e-3)
+    # Where none is longer, the curve speaks.
+    rising = price.censored(table, curves(table)).set_index(["state", "epochs"])
+    assert rising.loc[("healed", 8.0), "censored"] and rising.loc[("healed", 8.0), "rise"] > 0.2
 
 
 # --- From real records ----------------------------------------------------------------------------
@@ -304,20 +209,20 @@ def test_every_table_and_figure_is_made_from_a_run(run):
     tables = {
         "vulnerability": harm.vulnerability(every),
         "by_harm": harm.by_harm(every),
-        "claims": harm.claims_by_harm(every),
-        "controls": harm.against_controls(every),
+        "claims": decide(Tables(run))[0],
         "league": harm.league(every),
         "deployed": harm.deployed(every),
         "price": price.price(every),
-        "steps": price.price_in_steps(learning),
-        "control": price.training_control(every, learning),
-        "worth": harm.worth(every),
+        "steps": price.time_to_heal(learning),
+        "censored": price.censored(every, learning),
     }
     assert not {name for name, table in tables.items() if table.empty}
     assert set(tables["vulnerability"]["part"]) == {"all", "attention"}
     assert len(tables["vulnerability"]) == 2 * 2 * 3  # states, parts, layers
     assert set(price.price_list(tables["price"])) >= {"what", "90%", "95%", "99%"}
-    assert guidance.advice(every, learning)
+    claims = tables["claims"].set_index("claim")
+    assert claims.loc["A3", "n"].max() == 2 and claims.loc["B1", "verdict"] == "not tested"
+    assert claims.loc["D", "variant"].tolist() == ["reinit, bottom 1/3", "reinit, top 1/3"]
     similar = pd.concat(
         [results.load_similarity(run, stage) for stage in ("corruption", "harms")]
     ).drop_duplicates(["key", "layer", "measure"])
@@ -333,16 +238,15 @@ def test_every_table_and_figure_is_made_from_a_run(run):
         assert "nan" not in figure.caption + figure.alt
 
 
-def test_a_run_that_stopped_in_its_scans_still_shows_what_is_broken(run, tmp_path):
-    """02 comes before 03, also when a run goes on: it must not ask for what 03 has yet to do."""
+def test_a_run_that_stopped_in_its_scans_is_drawn_and_its_claims_stay_open(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     plan = json.loads((run / "plans" / "scans.json").read_text())["cells"]
     entry = next(c for c in plan if c["cell"]["recipe"] == "drop")
     (tmp_path / "run" / "records" / entry["stage"] / f"{entry['key']}.json").unlink()
-    with pytest.raises(HealingError, match="lacks 1 planned cells of 'scans'"):
-        harm.gather(tmp_path / "run")
-    shown = harm.gather(tmp_path / "run", ("baseline", "corruption", "harms"))
-    assert set(shown["state"]) == {"intact", "broken"}
+    assert len(harm.gather(tmp_path / "run")) == len(harm.gather(run)) - 1
+    found = decide(Tables(tmp_path / "run"))[0].set_index(["claim", "variant"])
+    assert entry["name"] in found.reason["D", "reinit, top 1/3"]
+    assert "missing" not in found.reason["A3", "reinit"]  # the main grid is there
 
 
 def test_what_a_kind_does_to_the_weights_is_read_from_the_records(run):

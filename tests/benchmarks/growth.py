@@ -7,10 +7,7 @@ resident pages; one process at a time. Models have random weights: neither time 
 the values. Writes ``growth.json`` beside this file and ``figures/growth.png``.
 """
 
-from __future__ import annotations
-
 import argparse
-import functools
 import json
 import resource
 import subprocess
@@ -27,19 +24,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BATCH, STEPS = 32, 12
 MINILM = {"layers": 6, "hidden": 384, "heads": 12}
+SHAPES = ((6, 128, 4), (6, 256, 8), (6, 384, 12), (6, 768, 12), (12, 768, 12), (24, 1024, 16))
 POINTS: dict[str, list[dict[str, Any]]] = {
     "cells": [{"seeds": n} for n in (3, 31, 310)],
-    "size": [
-        {"layers": layers, "hidden": hidden, "heads": heads, "length": 16}
-        for layers, hidden, heads in (
-            (6, 128, 4),
-            (6, 256, 8),
-            (6, 384, 12),
-            (6, 768, 12),
-            (12, 768, 12),
-            (24, 1024, 16),
-        )  # fmt: skip
-    ],
+    "size": [{"layers": n, "hidden": d, "heads": h, "length": 16} for n, d, h in SHAPES],
     "length": [{**MINILM, "length": n} for n in (8, 16, 32, 64, 128, 256, 512)],
     "words": [{**MINILM, "words": n} for n in (2_000, 8_000, 32_000, 128_000)],
     "neurons": [{"layers": 13, "hidden": 768, "words": n} for n in (2_000, 20_000, 200_000)],
@@ -53,65 +41,56 @@ AXES = {
 }
 
 
-def bert(layers: int, hidden: int, heads: int, classes: int = 2) -> Any:
+def bert(layers: int, hidden: int, heads: int) -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=3000, hidden_size=hidden, num_hidden_layers=layers,
-            num_attention_heads=heads, intermediate_size=4 * hidden, num_labels=classes,
-        )
-    )  # fmt: skip
+    size = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    config = BertConfig(vocab_size=3000, num_attention_heads=heads, num_labels=2, **size)
+    return BertForSequenceClassification(config)
 
 
-def layer_parameters(model: Any) -> int:
-    return sum(p.numel() for p in model.base_model.encoder.parameters())
+def seconds_a_step(model: Any, length: int, train: Callable[[Any], Any]) -> dict[str, float]:
+    """Train, with the optimizer's steps as the clock; the first two are left out."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
-
-def sentences_of(length: int) -> Any:
     from healing_utils.healing.training import Encoded
 
     rng = np.random.default_rng(0)
     ids = rng.integers(5, 3000, (BATCH * STEPS, length)).tolist()
-    return Encoded(ids, None, rng.integers(0, 2, len(ids)), (0, 0, "right"))
-
-
-def seconds_a_step(model: Any, train: Callable[[], Any]) -> dict[str, float]:
-    """Train, with the optimizer's steps as the clock; the first two are left out."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
+    data = Encoded(ids, None, rng.integers(0, 2, len(ids)), (0, 0, "right"))
     steps: list[float] = []
-    size = layer_parameters(model)  # before a shortcut takes anything away
+    # Counted before a shortcut takes anything away.
+    size = sum(p.numel() for p in model.base_model.encoder.parameters())
     register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
-    train()
+    train(data)
     return {"parameters": size, "seconds": float(np.median(np.diff(steps)[1:]))}
 
 
-def measure_training(layers: int, hidden: int, heads: int, length: int) -> dict[str, float]:
+def measure_training(length: int, **shape: int) -> dict[str, float]:
     """Seconds a step of `fine_tune`, float32."""
     from healing_utils.healing.training import fine_tune
 
-    model, data = bert(layers, hidden, heads), sentences_of(length)
-    train = functools.partial(
-        fine_tune, model, data, epochs=1, batch_size=BATCH, progress=False, precision="float32",
-        device="cpu",
-    )  # fmt: skip
-    return seconds_a_step(model, train)
+    model, how = bert(**shape), {"progress": False, "precision": "float32", "device": "cpu"}
+    return seconds_a_step(
+        model, length, lambda data: fine_tune(model, data, epochs=1, batch_size=BATCH, **how)
+    )
 
 
-def measure_trainer(layers: int, hidden: int, heads: int, length: int) -> dict[str, float]:
+def measure_trainer(length: int, **shape: int) -> dict[str, float]:
     """The same of Trainer."""
     from throughput import Columns
     from transformers import Trainer, TrainingArguments
 
-    model, data = bert(layers, hidden, heads), sentences_of(length)
+    model = bert(**shape)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, num_train_epochs=1, per_device_train_batch_size=BATCH, use_cpu=True,
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=Columns(data, None))
-        return seconds_a_step(model, trainer.train)
+        return seconds_a_step(
+            model, length,
+            lambda data: Trainer(model, arguments, train_dataset=Columns(data, None)).train(),
+        )  # fmt: skip
 
 
 def peak_gigabytes() -> float:
@@ -121,23 +100,20 @@ def peak_gigabytes() -> float:
 def measure_cells(seeds: int) -> dict[str, float]:
     """Plan the organism's study for so many seeds and look all its records up, as a run does that
     has nothing left to compute. The records' contents are made up, of a usual size."""
-    import yaml
-
+    from healing_utils.run.profiles import settle
     from healing_utils.study.cells import STAGES
-    from healing_utils.study.parameters import read_parameters
     from healing_utils.study.study import Study
 
-    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "quick.yaml").read_text())
     with tempfile.TemporaryDirectory() as run:
-        given = {**profile, "scans": {}, "seeds": list(range(seeds)), "run": run}
-        study = Study(read_parameters(given))
+        given = settle("quick", run, {"scans": {}, "seeds": list(range(seeds))})
+        study = Study(given)
         curve = [{"step": i, "f1": 0.5, "accuracy": 0.5, "loss": 0.7} for i in range(4)]
         record = {"losses": [0.6931471805599453] * 128, "curve": curve}
         for stage in STAGES:
             for cell in study.plan(stage):
                 study.store.write(stage, cell.key, {**record, **cell.columns()})
         start = time.perf_counter()
-        study = Study(read_parameters(given))
+        study = Study(given)
         cells = [cell for stage in STAGES for cell in study.plan(stage)]
         found = [study.store.read(cell.stage, cell.key) for cell in cells]
         seconds = time.perf_counter() - start
@@ -145,25 +121,28 @@ def measure_cells(seeds: int) -> dict[str, float]:
     return {"cells": len(cells), "seconds": seconds}
 
 
-def measure_words(layers: int, hidden: int, heads: int, words: int) -> dict[str, float]:
+def measure_words(words: int, **shape: int) -> dict[str, float]:
     """Map the activations of sentences of 20 words to a file and probe every layer for a label that
-    hangs on the word and its left neighbour. Extraction is timed on its own too, and in memory.
-    """
+    hangs on the word and its left neighbour. Extraction is timed on its own too, and in memory."""
+    import torch
+
     from healing_utils.healing import models
     from healing_utils.probing.activations import compact_activations, extract_activations
     from healing_utils.probing.probes import fit_probes
 
     tokenizer = models.load_tokenizer("organism")
     vocabulary = sorted(w for w in tokenizer.get_vocab() if w.isalpha())
-    model = bert(layers, hidden, heads).base_model.eval()
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, len(vocabulary), (words // 20, 20))
+    model = bert(**shape).base_model.eval()
+    ids = np.random.default_rng(0).integers(0, len(vocabulary), (words // 20, 20))
     sentences = [[vocabulary[i] for i in row] for row in ids]
     labels = ((ids + np.roll(ids, 1, axis=1) // 400) % 19).ravel()
     start = time.perf_counter()
     x, _ = compact_activations(model, tokenizer, sentences, memory=0)
     extracted = time.perf_counter() - start
-    fit_probes(x, labels, 19, 1e-3, 1e-2)
+    probe = None
+    for layer in x:
+        own = torch.from_numpy(np.array(layer, dtype=np.float32))
+        probe = fit_probes(own, labels, 19, [(1e-3, 1e-2)], start=probe)
     seconds = time.perf_counter() - start
     del x
     found = {"seconds": seconds, "extraction": extracted, "gigabytes": peak_gigabytes()}
@@ -178,9 +157,8 @@ def measure_neurons(layers: int, hidden: int, words: int) -> dict[str, float]:
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        x = np.lib.format.open_memmap(
-            Path(folder) / "x.npy", "w+", np.float16, (layers, words, hidden)
-        )
+        shape, path = (layers, words, hidden), Path(folder) / "x.npy"
+        x = np.lib.format.open_memmap(path, "w+", np.float16, shape)
         for layer in x:
             layer[:] = rng.standard_normal(layer.shape, dtype=np.float32)
         logits = x[layers // 2, :, :20].astype(np.float32) @ rng.standard_normal((20, 17))
@@ -193,19 +171,16 @@ def measure_neurons(layers: int, hidden: int, words: int) -> dict[str, float]:
 
 
 MEASURES = {
-    "neurons": measure_neurons,
-    "cells": measure_cells, "size": measure_training, "length": measure_training,
-    "words": measure_words, "trainer": measure_trainer,
+    "neurons": measure_neurons, "cells": measure_cells, "size": measure_training,
+    "length": measure_training, "words": measure_words, "trainer": measure_trainer,
 }  # fmt: skip
 
 
 def point(measure: str, given: dict[str, Any], threads: int) -> dict[str, Any]:
     """One point, measured in a new process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--point", measure, json.dumps(given), "--threads",
-         str(threads)],
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
+    command = [sys.executable, __file__, "--point", measure, json.dumps(given)]
+    command += ["--threads", str(threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return {**given, **json.loads(done.stdout.splitlines()[-1])}
 
 
@@ -216,29 +191,23 @@ def draw(result: dict[str, Any]) -> Any:
 
     from healing_utils.report import plots
 
-    def plain(value: float, _: Any = None) -> str:
-        return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
-
+    plain = FuncFormatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
+    theirs = {"color": "#D55E00", "label": "Trainer", "markersize": 3}
     with plots.style():
         figure = Figure(figsize=(plots.PAGE, 3.6), layout="constrained")
         axes = figure.subplots(2, len(AXES), sharex="col", sharey="row")
         for column, (what, (label, title)) in zip(axes.T, AXES.items(), strict=True):
-            rows = result["points"][what]
+            rows, peers = result["points"][what], result["peers"].get(what)
             name = {"neurons": "words", "size": "parameters"}.get(what, what)
             x = [r[name] / (1e6 if what == "size" else 1) for r in rows]
             for ax, value in zip(column, ("seconds", "gigabytes"), strict=True):
-                y = [r[value] for r in rows]
-                ax.plot(x, y, "o-", color="#0072B2", label="ours")
-                peers = result["peers"].get(what)
+                ax.plot(x, [r[value] for r in rows], "o-", color="#0072B2", label="ours")
                 if peers:
-                    ax.plot(
-                        x, [r[value] for r in peers], "s--", color="#D55E00", label="Trainer",
-                        markersize=3,
-                    )  # fmt: skip
+                    ax.plot(x, [r[value] for r in peers], "s--", **theirs)
                 ax.set(xscale="log", yscale="log")
-                ax.xaxis.set_major_formatter(FuncFormatter(plain))
+                ax.xaxis.set_major_formatter(plain)
                 ax.xaxis.set_minor_formatter("")
-                ax.yaxis.set_major_formatter(FuncFormatter(plain))
+                ax.yaxis.set_major_formatter(plain)
             middle = len(x) // 2
             scaled = rows[middle]["seconds"] * np.array(x) / x[middle]
             column[0].plot(x, scaled, ":", color="#6B6B6B", label="in proportion", linewidth=1)
@@ -250,12 +219,31 @@ def draw(result: dict[str, Any]) -> Any:
     return figure
 
 
+def measure(threads: int) -> dict[str, Any]:
+    import torch
+
+    from healing_utils.study.study import PACKAGES, version
+
+    result: dict[str, Any] = {
+        "threads": threads,
+        "processor": torch.cpu.get_capabilities().get("cpu_name", "unknown"),
+        "versions": {name: version(name) for name in PACKAGES}, "points": {}, "peers": {},
+    }  # fmt: skip
+    for what, points in POINTS.items():
+        result["points"][what] = [point(what, given, threads) for given in points]
+        if what in ("size", "length"):
+            result["peers"][what] = [point("trainer", given, threads) for given in points]
+        for row in result["points"][what]:
+            print(what, row, flush=True)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--point", nargs=2, metavar=("WHAT", "JSON"), help="one point, as JSON")
     parser.add_argument("--draw", action="store_true", help="draw growth.json again")
-    work = parser.parse_args()
+    work, path = parser.parse_args(), HERE / "growth.json"
     if work.point:
         import torch
 
@@ -263,27 +251,9 @@ def main() -> None:
         found = MEASURES[work.point[0]](**json.loads(work.point[1]))
         print(json.dumps({"gigabytes": peak_gigabytes(), **found}))
         return
-    path = HERE / "growth.json"
     if not work.draw:
-        import torch
-
-        from healing_utils.study.study import PACKAGES, version
-
-        result: dict[str, Any] = {
-            "threads": work.threads,
-            "processor": torch.cpu.get_capabilities().get("cpu_name", "unknown"),
-            "versions": {name: version(name) for name in PACKAGES},
-            "points": {}, "peers": {},
-        }  # fmt: skip
-        for what, points in POINTS.items():
-            result["points"][what] = [point(what, given, work.threads) for given in points]
-            if what in ("size", "length"):
-                result["peers"][what] = [point("trainer", g, work.threads) for g in points]
-            for row in result["points"][what]:
-                print(what, row, flush=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    figure = draw(json.loads(path.read_text()))
-    figure.savefig(ROOT / "figures" / "growth.png", dpi=200)
+        path.write_text(json.dumps(measure(work.threads), indent=1) + "\n")
+    draw(json.loads(path.read_text())).savefig(ROOT / "figures" / "growth.png", dpi=200)
 
 
 if __name__ == "__main__":

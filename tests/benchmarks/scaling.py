@@ -8,13 +8,10 @@ to be equal. Seconds are those of the stage, so that starting the workers counts
 ``scaling.json`` and ``scaling.md`` beside this file.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,59 +20,52 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-WAYS = ("in-process", "2 processes", "Ray, 1 CPU", "Ray, 2 nodes of 1 CPU")
-EXECUTORS = ("in-process", "workers", "ray", "ray")
+WAYS = {
+    "in-process": "in-process", "2 processes": "workers", "Ray, 1 CPU": "ray",
+    "Ray, 2 nodes of 1 CPU": "ray",
+}  # fmt: skip
 sys.path.insert(0, str(HERE.parent))  # what the tests have for clusters and records
 
 
 def measure(way: str) -> dict[str, Any]:
     """Run the stage in this process, or from it."""
-    import yaml
     from helpers import contents
 
-    from healing_utils.base.records import Store, digest
-    from healing_utils.study.parameters import read_parameters
+    from healing_utils.base.records import digest
+    from healing_utils.run.profiles import settle
     from healing_utils.study.study import Study
 
     os.environ["HEALING_PROGRESS"] = "quiet"
-    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "quick.yaml").read_text())
-    folder = Path(tempfile.mkdtemp(prefix="scaling-"))
-    given = {
-        **profile, "scans": {}, "task": "sentiment", "seeds": [0, 1], "run": str(folder),
-        "workers": 2,
-    }  # fmt: skip
-    study = Study(read_parameters(given))
-    cells = study.plan("recovery")  # so that the data are made
-    start, address = time.perf_counter(), None
-    with contextlib.ExitStack() as running:
+    given = {"scans": {}, "task": "sentiment", "seeds": [0, 1], "workers": 2}
+    with (
+        tempfile.TemporaryDirectory(prefix="scaling-") as folder,
+        contextlib.ExitStack() as running,
+    ):
+        study = Study(settle("quick", folder, given))
+        cells = study.plan("recovery")  # so that the data are made
+        start, address = time.perf_counter(), None
         if way.startswith("Ray"):
             from loopback import loopback_cluster
 
-            cluster = running.enter_context(loopback_cluster(2 if way == WAYS[3] else 1))
+            cluster = running.enter_context(loopback_cluster(2 if "nodes" in way else 1))
             address = cluster.address
         begun = time.perf_counter()
-        study.compute(cells, way, EXECUTORS[WAYS.index(way)], address)
+        study.compute(cells, way, WAYS[way], address)
         seconds = time.perf_counter() - begun
-    spent = [record["times"]["seconds"] for record in Store(folder).records("recovery")]
-    made = digest(contents(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    return {
-        "way": way, "cells": len(spent), "seconds": seconds, "cluster": begun - start,
-        "in_cells": sum(spent), "digest": made,
-    }  # fmt: skip
+        study.close()
+        spent = [record["times"]["seconds"] for record in study.store.records("recovery")]
+        return {
+            "way": way, "cells": len(spent), "seconds": seconds, "cluster": begun - start,
+            "in_cells": sum(spent), "digest": digest(contents(Path(folder))),
+        }  # fmt: skip
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| cells computed | seconds | against in-process | within cells, summed |",
-        "|---|---:|---:|---:|",
-    ]
+    lines = ["| cells computed | seconds | against in-process | within cells, summed |"]
+    lines.append("|---|---:|---:|---:|")
     for row in rows:
-        ratio = rows[0]["seconds"] / row["seconds"]
-        lines.append(
-            f"| {row['way']} | {row['seconds']:.1f} | {ratio:.2f} × | {row['in_cells']:.1f} |"
-        )
+        ratio, told = rows[0]["seconds"] / row["seconds"], f"{row['way']} | {row['seconds']:.1f}"
+        lines.append(f"| {told} | {ratio:.2f} × | {row['in_cells']:.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ import transformers as hf
 from families import FAMILIES, HEADS, LAYERS, tiny_batch, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_encoders import layer_parameters
 
 from healing_utils.base.errors import HealingError
 from healing_utils.healing import corruption
@@ -21,8 +22,7 @@ from healing_utils.healing.encoders import (
     OUTER_PARTS,
     PARTS,
     encoder_layers,
-    layer_parameters,
-    outer_parts,
+    pieces,
     resolve_layers,
 )
 
@@ -56,10 +56,9 @@ def snapshot(model):
 
 
 def same_bits(one, other):
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
+    alike = one.dtype == other.dtype and one.shape == other.shape
     bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]
-    return torch.equal(*bits)
+    return alike and torch.equal(*bits)
 
 
 def changed(before, model):
@@ -68,11 +67,8 @@ def changed(before, model):
     return {name for name in before if not same_bits(before[name], after[name])}
 
 
-def names_in_model(model, names):
-    """The model's own names for encoder-relative ones."""
-    own = {id(parameter): name for name, parameter in model.named_parameters()}
-    ours = layer_parameters(model)
-    return {own[id(ours[name])] for name in names}
+def copies(model):
+    return {name: p.detach().clone() for name, p in layer_parameters(model).items()}
 
 
 def digest(model):
@@ -82,21 +78,19 @@ def digest(model):
     return total.hexdigest()
 
 
-WHERE = st.one_of(
-    st.fixed_dictionaries(
-        {
-            "side": st.sampled_from(["bottom", "top", "random"]),
-            "level": st.sampled_from([1 / 3, 0.5, 2 / 3, 1.0]),
-        }
-    ),
-    st.fixed_dictionaries({"layers": st.sets(st.integers(0, LAYERS - 1), min_size=1)}),
+SIDES = st.fixed_dictionaries(
+    {
+        "side": st.sampled_from(["bottom", "top", "random"]),
+        "level": st.sampled_from([1 / 3, 0.5, 2 / 3, 1.0]),
+    }
 )
+NAMED = st.fixed_dictionaries({"layers": st.sets(st.integers(0, LAYERS - 1), min_size=1)})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(
     head=st.sampled_from(HEADS),
-    where=WHERE,
+    where=st.one_of(SIDES, NAMED),
     part=st.sampled_from(["all"] * 5 + sorted(PARTS)),
     kind=st.sampled_from(sorted(KINDS)),
     seed=st.integers(0, 2**40),
@@ -104,22 +98,25 @@ WHERE = st.one_of(
 @settings(max_examples=25, deadline=None)
 def test_exactly_what_is_planned_changes(family, head, where, part, kind, seed):
     model = tiny_model(family, head)
-    before, identities = snapshot(model), [id(parameter) for parameter in model.parameters()]
-    ours = {name: p.detach().clone() for name, p in layer_parameters(model).items()}
+    before, ours = snapshot(model), copies(model)
     if KINDS[kind].spares_vectors and part == "layernorm":
-        with pytest.raises(HealingError, match="nothing of part 'layernorm' that kind .* changes"):
+        with pytest.raises(
+            HealingError, match="has no layernorm in layers .* that kind .* changes"
+        ):
             damage(model, kind, part=part, **where)
         assert not changed(before, model)
         return
     report = damage(model, kind, part=part, seed=seed, **where)
     assert report.layers == resolve_layers(LAYERS, seed=seed, **where)
     hit = {}  # name: rows that the report says were overwritten
-    for tensor in report.tensors:
+    for tensor in report.tensors.itertuples():
         name, _, rows = tensor.name.partition("[")
         hit[name] = slice(*map(int, rows[:-1].split(":"))) if rows else slice(None)
         assert tensor.role in PARTS[part] and tensor.layer in report.layers
-    assert changed(before, model) == names_in_model(model, hit)
-    for name, parameter in layer_parameters(model).items():
+    own = {parameter: name for name, parameter in model.named_parameters()}
+    after = layer_parameters(model)
+    assert changed(before, model) == {own[after[name]] for name in hit}
+    for name, parameter in after.items():
         planned = int(name.split(".")[1]) in report.layers and not spared(kind, name, parameter)
         assert planned if name in hit else part != "all" or not planned
         outside = torch.ones(parameter.shape[0], dtype=torch.bool)
@@ -127,7 +124,6 @@ def test_exactly_what_is_planned_changes(family, head, where, part, kind, seed):
         assert same_bits(parameter[outside], ours[name][outside])
         if name in hit:
             assert (parameter != ours[name])[hit[name]].any()  # unequal too where not a number
-    assert [id(parameter) for parameter in model.parameters()] == identities
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -137,27 +133,20 @@ def test_embeddings_and_pooler_are_all_that_changes(family, head):
     for part in OUTER_PARTS:
         for kind in KINDS:
             model = tiny_model(family, head)
-            before = snapshot(model)
-            try:
-                parts = outer_parts(model, part)
-            except HealingError as error:
-                assert part == "pooler" and "has no pooler" in str(error)
+            before, parts = snapshot(model), pieces(model, part)
+            if not parts:
+                assert part == "pooler"
                 with pytest.raises(HealingError, match="has no pooler"):
                     damage(model, kind, part=part)
                 assert not changed(before, model)
                 break
-            own = {id(parameter): name for name, parameter in model.named_parameters()}
-            expected = {
-                own[id(parameter)]
-                for _, module, _ in parts
-                for name, parameter in module.named_parameters()
-                if not spared(kind, name, parameter)
-            }
+            own = {parameter: name for name, parameter in model.named_parameters()}
+            hit = [p.parameter for p in parts if not spared(kind, p.name, p.parameter)]
             report = damage(model, kind, part=part, side="top", level=1)  # which say nothing here
-            assert changed(before, model) == expected and len(report.tensors) == len(expected)
-            assert (report.side, report.layers, report.part) == ("none", (), part)
-            assert {tensor.layer for tensor in report.tensors} == {-1}
-            rows = {tensor.shape[0] for tensor in report.tensors}
+            assert changed(before, model) == {own[parameter] for parameter in hit}
+            assert (report.layers, report.part) == ((), part) and len(report.tensors) == len(hit)
+            assert set(report.tensors.layer) == {-1}
+            rows = {shape[0] for shape in report.tensors["shape"]}
             assert part == "pooler" or model.config.vocab_size in rows
 
 
@@ -165,13 +154,11 @@ def test_embeddings_and_pooler_are_all_that_changes(family, head):
 @pytest.mark.parametrize("family", ["bert", "xlnet", "modernbert"])
 def test_scattered_damage_hits_its_share_of_every_tensor(family, kind):
     model = tiny_model(family)
-    before = {name: p.detach().clone() for name, p in layer_parameters(model).items()}
-    full = layer_parameters(damaged(kind, family, level=1))
+    before, full = copies(model), layer_parameters(damaged(kind, family, level=1))
     report = damage(model, kind, side="scattered", level="1/4")
     after = layer_parameters(model)
-    assert (report.side, report.level, report.layers) == ("scattered", 0.25, (0, 1, 2))
-    assert report.cannot_heal is False
-    for tensor in report.tensors:
+    assert report.layers == (0, 1, 2) and report.cannot_heal is False
+    for tensor in report.tensors.itertuples():
         old, new = before[tensor.name], after[tensor.name].detach()
         assert tensor.elements == round(old.numel() / 4)
         moved = new != old
@@ -180,55 +167,42 @@ def test_scattered_damage_hits_its_share_of_every_tensor(family, kind):
         same = (new == full[tensor.name]) | (new.isnan() & full[tensor.name].isnan())
         assert same[moved].all()
     if kind in REDRAWN:
-        weight = "layer.0.attn.Wqkv.weight" if family == "modernbert" else report.tensors[0].name
+        weight = "layer.0.attn.Wqkv.weight" if family == "modernbert" else report.tensors.name[0]
         assert (after[weight] != before[weight]).sum() == round(before[weight].numel() / 4)
 
 
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 def test_a_slice_gets_the_same_values_as_in_the_whole(part):
     name, sliced = "layer.0.attn.Wqkv.weight", tiny_model("modernbert")
-    expected = layer_parameters(tiny_model("modernbert"))[name].detach().clone()
+    expected = copies(sliced)[name]
     report = corrupt(sliced, layers=[0], part=part)
     rows = slice(16 * ("query", "key", "value").index(part), None)
     rows = slice(rows.start, rows.start + 16)
-    assert report.tensors[0].name == f"{name}[{rows.start}:{rows.stop}]"
+    assert report.tensors.name[0] == f"{name}[{rows.start}:{rows.stop}]"
     assert report.elements == 16 * 16
     expected[rows] = layer_parameters(damaged(family="modernbert", layers=[0]))[name][rows]
     assert same_bits(layer_parameters(sliced)[name], expected)
 
 
-@pytest.mark.parametrize("kind, gain", [("reinit", 6), ("reinit_sqrt5", 1)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_reinit_follows_the_papers_rule(family, kind, gain):
-    """Uniform within sqrt(6 / ((1 + a^2) fan_in)), for a = 0 and for torch's own sqrt(5)."""
-    model = tiny_model(family)
-    report = corrupt(model, level=1, kind=kind, seed=3)
-    parameters = layer_parameters(model)
-    drawn = []
-    for tensor in report.tensors:
-        values = parameters[tensor.name].detach()
-        if tensor.name.endswith("bias"):
-            assert (values == 0).all()
-        elif tensor.role == "layernorm":
-            assert (values == 1).all()
-        else:  # XLNet's raw (16, 2, 8) have 16 inputs too
-            bound = math.sqrt(gain / math.prod(values.shape[1:]))
-            assert values.abs().max() <= bound
-            drawn.append(values.flatten() / bound)
-    # A uniform draw on [-1, 1]: mean 0, variance 1/3; 4 standard errors allowed.
-    drawn = torch.cat(drawn)
-    assert abs(drawn.mean()) < 4 * math.sqrt(1 / 3 / len(drawn))
-    assert abs(drawn.var() - 1 / 3) < 4 * math.sqrt(4 / 45 / len(drawn))
-    assert drawn.abs().max() > 0.99
-
-
 @pytest.mark.parametrize("kind, a", [("reinit", 0), ("reinit_sqrt5", math.sqrt(5))])
-def test_reinit_writes_what_torchs_own_function_draws(kind, a):
-    name = "layer.0.attention.self.query.weight"
-    seed = int.from_bytes(hashlib.blake2b(f"5:{name}".encode(), digest_size=4).digest(), "big")
-    generator = torch.Generator().manual_seed(seed)
-    expected = torch.nn.init.kaiming_uniform_(torch.empty(16, 16), a=a, generator=generator)
-    assert same_bits(layer_parameters(damaged(kind, seed=5))[name], expected)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reinit_writes_what_torchs_own_function_draws(family, kind, a):
+    model = tiny_model(family)
+    report, after = corrupt(model, level=1, kind=kind, seed=5), copies(model)
+    for tensor in report.tensors.itertuples():
+        values = after[tensor.name]
+        if values.dim() == 1 or tensor.name.endswith("bias"):
+            one = tensor.role == "layernorm" and tensor.name.endswith("weight")
+            assert (values == float(one)).all()
+            continue
+        hashed = hashlib.blake2b(f"5:{tensor.name}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashed, "big"))
+        expected = torch.empty(values.shape)
+        torch.nn.init.kaiming_uniform_(expected, a=a, generator=generator)
+        assert same_bits(values, expected)
+        # XLNet's raw (16, 2, 8) have 16 inputs too
+        bound = math.sqrt(6 / (1 + a**2) / math.prod(values.shape[1:]))
+        assert 0.9 * bound < values.abs().max() <= bound
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,42 +217,36 @@ def test_init_draws_what_the_model_class_draws(family):
         for parameter in model.parameters():
             parameter.fill_(5.0)
     corrupt(model, level=1, kind="init")
-    drawn = {}
-    for name, parameter in layer_parameters(model).items():
-        values, built = parameter.detach(), fresh[name].detach()
+    matrices = 0
+    for name, values in copies(model).items():
+        built = fresh[name].detach()
         if values.dim() == 1:  # biases and LayerNorms
             assert torch.equal(values, built)
             continue
         assert not torch.equal(values, built)  # drawn anew
         error = 1 / math.sqrt(2 * values.numel())  # of a normal's std, relative
-        drawn[name] = values.std().item()
-        assert drawn[name] == pytest.approx(built.std().item(), rel=6 * error)
-        if not name.endswith("Wo.weight"):
-            # ModernBERT cuts its normal off at two standard deviations, the others do not.
-            scale = 0.07 * (0.88 if family == "modernbert" else 1)
-            assert drawn[name] == pytest.approx(scale, rel=5 * error)
-    assert len(drawn) >= 4 * LAYERS
-    if family == "modernbert":  # its output projections are narrowed with depth
-        ratio = drawn["layer.1.attn.Wqkv.weight"] / drawn["layer.1.attn.Wo.weight"]
-        assert ratio == pytest.approx(math.sqrt(2 * LAYERS), rel=0.2)
+        assert values.std().item() == pytest.approx(built.std().item(), rel=6 * error)
+        # ModernBERT cuts its normal off at two standard deviations and narrows outputs with depth.
+        narrow = 1 / math.sqrt(2 * LAYERS) if name.endswith("Wo.weight") else 1
+        scale = 0.07 * (0.88 * narrow if family == "modernbert" else 1)
+        assert values.std().item() == pytest.approx(scale, rel=6 * error)
+        matrices += 1
+    assert matrices >= 4 * LAYERS
 
 
 def test_init_also_redraws_a_loaded_checkpoint(tmp_path):
     """Loading marks weights as initialised, and transformers then skips them."""
     tiny_model("bert").save_pretrained(tmp_path)
     model = hf.AutoModel.from_pretrained(tmp_path)
-    before = snapshot(model)
-    report = corrupt(model, layers=[1], kind="init")
-    assert len(changed(before, model)) == len(report.tensors) == 16
-    assert digest(model) == digest(damaged("init", layers=[1]))
+    corrupt(model, layers=[1], kind="init")
+    assert digest(model) == digest(damaged("init", layers=[1])) != digest(tiny_model("bert"))
 
 
 def planted(kind, strength=None, fill=None):
     """A BERT layer's inner weight, of a size at which rates can be told, before and after."""
-    model = tiny_model("bert")
+    model, generator = tiny_model("bert"), torch.Generator().manual_seed(1)
+    fill = torch.randn(200, 300, generator=generator) if fill is None else fill
     dense = encoder_layers(model)[0].intermediate.dense
-    if fill is None:
-        fill = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
     dense.weight = torch.nn.Parameter(fill.clone())
     corrupt(model, layers=[0], part="feed_forward", kind=kind, strength=strength)
     return fill, dense.weight.detach()
@@ -293,34 +261,32 @@ def test_signs_flip_at_their_rate(rate):
 
 
 @pytest.mark.parametrize(
-    ("kind", "stored", "whole", "bits"),
+    ("kind", "stored", "whole", "width"),
     [
         ("bits_float32", torch.float32, torch.int32, 32),
         ("bits_bfloat16", torch.bfloat16, torch.int16, 16),
     ],
 )
 @pytest.mark.parametrize("rate", [0, 1e-5, 0.01, 0.5])
-def test_every_bit_flips_at_its_rate(kind, stored, whole, bits, rate):
+def test_every_bit_flips_at_its_rate(kind, stored, whole, width, rate):
     # From 2 to 4 the exponent is 10000000: no single flip makes it all ones, which is not a number,
     # whose bits a cast may change. Values from 1 to 2 are one flip away from that.
     values = 2 + 1.9 * torch.rand(200, 300, generator=torch.Generator().manual_seed(1))
     before, after = planted(kind, rate, values)
     assert same_bits(after, after.to(stored).float()) or rate == 0.5
     flips = before.to(stored).view(whole) ^ after.to(stored).view(whole)
-    per_bit = [((flips >> bit) & 1).double().mean().item() for bit in range(bits)]
+    shares = [((flips >> bit) & 1).double().mean().item() for bit in range(width)]
     one = math.sqrt(rate * (1 - rate) / before.numel())
     if rate < 0.5:  # where 1 of 256 exponents is all ones
-        assert max(abs(share - rate) for share in per_bit) <= 6 * one
-    assert abs(sum(per_bit) / bits - rate) <= 5 * one / math.sqrt(bits) + (rate == 0.5) * 0.01
+        assert max(abs(share - rate) for share in shares) <= 6 * one
+    assert abs(sum(shares) / width - rate) <= 5 * one / math.sqrt(width) + (rate == 0.5) * 0.01
 
 
 def test_noise_has_the_size_that_is_asked_for():
     before, after = planted("noise", 0.25)
-    difference = after - before
-    n = before.numel()
-    assert difference.std().item() == pytest.approx(
-        0.25 * before.std(correction=0).item(), rel=5 / math.sqrt(2 * n)
-    )
+    difference, n = after - before, before.numel()
+    size = 0.25 * before.std(correction=0).item()
+    assert difference.std().item() == pytest.approx(size, rel=5 / math.sqrt(2 * n))
     assert abs(difference.mean()) < 5 * 0.25 / math.sqrt(n)
     assert torch.equal(*planted("noise", 2, torch.full((20, 16), 3.0)))  # no scale to relate to
 
@@ -328,11 +294,10 @@ def test_noise_has_the_size_that_is_asked_for():
 def test_matched_draws_keep_mean_and_scale():
     fill = 3 + 0.01 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
     before, after = planted("matched", fill=fill)
-    error = 0.01 / math.sqrt(before.numel())
-    assert abs(after.mean() - before.mean()) < 5 * error + 1e-6
+    error = 1 / math.sqrt(before.numel())
+    assert abs(after.mean() - before.mean()) < 0.05 * error + 1e-6
     assert after.std().item() == pytest.approx(before.std().item(), rel=0.02)
-    correlation = torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1]
-    assert abs(correlation) < 5 / math.sqrt(before.numel())
+    assert abs(torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1]) < 5 * error
 
 
 def test_permuted_values_are_the_same_values_elsewhere():
@@ -371,14 +336,9 @@ def test_a_kind_says_where_no_gradient_can_bring_a_part_back(part):
     model = tiny_model("bert", "classification")
     report = corrupt(model, level="1/3", kind="zero", part=part)
     model(**tiny_batch()).logits.square().sum().backward()
-    own = dict(model.base_model.named_parameters())
-    matrices = [
-        own[f"encoder.{t.name}" if t.layer >= 0 else t.name].grad
-        for t in report.tensors
-        if len(t.shape) > 1
-    ]
-    stuck = all(not gradient.any() for gradient in matrices)
-    assert report.cannot_heal == (stuck and bool(matrices))
+    hit = [p.parameter for p in pieces(model, part, report.layers) if p.parameter.dim() > 1]
+    stuck = bool(hit) and not any(parameter.grad.any() for parameter in hit)
+    assert report.cannot_heal == stuck
     assert report.cannot_heal == ("no gradient can bring them back" in str(report))
 
 
@@ -396,14 +356,12 @@ def test_the_head_makes_no_difference(family, kind):
     assert digest(plain) == digest(headed)
 
 
-def test_a_tensor_is_drawn_the_same_whatever_else_is_drawn():
+def test_a_tensor_is_drawn_the_same_whatever_else_is_drawn_and_no_two_share_a_draw():
     name = "layer.2.attention.self.key.weight"
-    together = layer_parameters(damaged(level=1))
+    together = copies(damaged(level=1))
     assert same_bits(layer_parameters(damaged(layers=[2], part="key"))[name], together[name])
-    tensors = [p.detach() for p in together.values() if p.shape == (16, 16)]
-    assert all(
-        not torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i]
-    )  # no two tensors share a draw
+    tensors = [values for values in together.values() if values.shape == (16, 16)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -442,12 +400,10 @@ def test_another_process_breaks_the_model_in_the_same_way():
         "print(*[t.digest(t.damaged(k, seed=4)) for k in sorted(t.KINDS)])"
     )
     here = Path(__file__).parent
-    # A hash of Python's own would be salted differently in that process.
     path = os.pathsep.join(map(str, (here, *here.parents[:2])))
-    environment = dict(os.environ, PYTHONHASHSEED="5", PYTHONPATH=path)
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    # A hash of Python's own would be salted differently in that process.
+    given = {"env": {**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": path}, "text": True}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, **given)
     assert ran.stdout.split() == [digest(damaged(kind, seed=4)) for kind in sorted(KINDS)]
 
 
@@ -473,48 +429,29 @@ def test_the_report_measures_a_planted_change():
         layer.intermediate.dense.bias.fill_(float("inf"))
         layer.output.dense.weight.zero_()
     report = corrupt(model, layers=[0])
-    rows = {tensor.name: tensor for tensor in report.tensors}
-    row = rows["layer.0.attention.self.query.weight"]
-    assert (row.shape, row.elements, row.role, row.layer) == ((16, 16), 256, "query", 0)
-    assert row.std_before == 3.0
-    assert row.std_after == pytest.approx(weight.std(correction=0).item(), rel=1e-5)
-    assert row.relative_change == pytest.approx(
-        ((weight.detach() - before).norm() / before.norm()).item(), rel=1e-5
-    )
-    row = rows["layer.0.output.LayerNorm.weight"]
-    assert (row.std_before, row.std_after, row.relative_change) == (0.0, 0.0, 0.75)
-    assert rows["layer.0.output.LayerNorm.bias"].relative_change == 0.0  # it was zero and is zero
-    assert rows["layer.0.intermediate.dense.bias"].std_before is None  # it was not finite
-    assert rows["layer.0.output.dense.weight"].relative_change is None  # it was zero and is not
+    rows = report.to_frame().set_index("name")
+    row = rows.loc["layer.0.attention.self.query.weight"]
+    assert row["layer":"elements"].tolist() == [0, "query", (16, 16), 256]
+    moved = (weight.detach() - before).norm() / before.norm()
+    wanted = [3.0, weight.std(correction=0).item(), moved.item(), 0]
+    assert row["std_before":].tolist() == pytest.approx(wanted, rel=1e-5)
+    row = rows.loc["layer.0.output.LayerNorm.weight"]
+    assert row["std_before":].tolist() == [0.0, 0.0, 0.75, 0]
+    relative = rows.relative_change
+    assert relative["layer.0.output.LayerNorm.bias"] == 0.0  # it was zero and is zero
+    assert math.isnan(relative["layer.0.output.dense.weight"])  # it was zero and is not
+    assert math.isnan(rows.std_before["layer.0.intermediate.dense.bias"])  # it was not finite
     assert report.elements == sum(p.numel() for p in layer.parameters())
 
 
-@pytest.mark.parametrize(
-    ("plan", "side", "level", "layers"),
-    [
-        ({"side": "top", "level": "1/3"}, "top", 1 / 3, (2,)),
-        ({"side": "top", "level": 1}, "all", 1.0, (0, 1, 2)),
-        ({"side": "bottom", "level": 1.0}, "all", 1.0, (0, 1, 2)),
-        ({"layers": "[2,0]", "level": 0.1}, "custom", 2 / 3, (0, 2)),
-    ],
-)
-def test_the_report_says_what_was_planned(plan, side, level, layers):
-    report = corrupt(tiny_model("bert"), seed=9, **plan)
-    assert (report.side, report.level, report.layers) == (side, level, layers)
-    assert (report.kind, report.seed, report.part, report.strength) == ("reinit", 9, "all", None)
-
-
-def test_the_report_reads_well_is_a_table_and_counts_what_is_not_finite():
+def test_the_report_reads_well_and_counts_what_is_not_finite():
     report = corrupt(tiny_model("bert"), side="top", part="feed_forward", kind="init", seed=2)
     assert str(report) == (
         "init (seed 2) in layers 1, 2 of 3, feed_forward only: 8 tensors, 1,616 values"
     )
-    frame = report.to_frame()
-    assert len(frame) == 8 and frame.elements.sum() == report.elements
-    assert frame.relative_change.dtype == float
     model = tiny_model("bert")
     report = corrupt(model, level=1, kind="bits_float32", strength=0.5, seed=0)
-    values = torch.cat([p.detach().flatten() for p in layer_parameters(model).values()])
+    values = torch.cat([values.flatten() for values in copies(model).values()])
     # The exponent's eight bits are all ones for 1 of 256.
     assert report.not_finite == (~values.isfinite()).sum() > 0
     assert f"{report.not_finite:,} of them not finite" in str(report)
@@ -525,21 +462,15 @@ def test_the_report_reads_well_is_a_table_and_counts_what_is_not_finite():
     [
         ({"kind": "reinitialise"}, "unknown kind of corruption.*Did you mean 'reinit'"),
         ({"side": "buttom"}, "unknown side.*Did you mean 'bottom'"),
-        ({"part": "atention"}, "unknown part.*Did you mean 'attention'"),
         ({"part": "poler"}, "unknown part.*Did you mean 'pooler'"),
         ({"kind": "noise"}, "kind 'noise' needs a strength: standard deviation of the noise"),
-        ({"kind": "noise", "strength": -1}, "strength -1 of kind 'noise' must be from 0 up"),
-        ({"kind": "noise", "strength": math.nan}, "strength nan of kind 'noise' must be"),
+        ({"kind": "noise", "strength": -1}, "strength -1 of noise must be from 0 up"),
+        ({"kind": "noise", "strength": math.nan}, "strength nan of noise must be"),
         ({"kind": "prune", "strength": 1.5}, "must be from 0 to 1: share of a tensor's values"),
         ({"kind": "quantise", "strength": 1}, "must be from 2 to 16: bits a value"),
-        ({"level": 0.05}, "rounds to no layer"),
-        ({"level": "much"}, "not a number"),
         ({"layers": [3]}, "layer 3 does not exist"),
         ({"strength": 0.5}, "kind 'reinit' has no strength"),
-        ({"seed": -1}, "negative"),
-        ({"seed": 0.5}, "not a whole number"),
-        ({"seed": None}, "not a whole number"),
-        ({"seed": True}, "not a whole number"),
+        *(({"seed": seed}, "not a whole number") for seed in (-1, 0.5, None, True, "x")),
     ],
 )
 def test_a_bad_plan_changes_nothing(plan, message):
@@ -552,8 +483,11 @@ def test_a_bad_plan_changes_nothing(plan, message):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def unscaled(model, shape):
-    encoder_layers(model)[2].intermediate.scale = torch.nn.Parameter(torch.ones(shape))
+def scaled(shape):
+    def change(model):
+        encoder_layers(model)[2].intermediate.scale = torch.nn.Parameter(torch.ones(shape))
+
+    return change
 
 
 def in_bytes(model):
@@ -574,16 +508,12 @@ def without_norms(model):
 @pytest.mark.parametrize(
     ("change", "plan", "message"),
     [
-        (
-            lambda m: unscaled(m, (3, 3)),
-            {"kind": "init"},
-            "leaves layer.2.intermediate.scale alone",
-        ),
-        (lambda m: unscaled(m, 3), {}, r"layer\.2\.intermediate\.scale.*no fan_in"),
-        (without_initialiser, {"kind": "init"}, "Plain has no initialiser of its own"),
-        (in_bytes, {}, r"layer\.2\.output\.dense\.weight is stored as int8"),
+        (scaled((3, 3)), {"kind": "init"}, "no initial values for layer.2.intermediate.scale"),
+        (scaled(3), {}, r"layer\.2\.intermediate\.scale.*no fan_in"),
+        (without_initialiser, {"kind": "init"}, "Plain has no initial values"),
+        (in_bytes, {}, r"layer\.2\.output\.dense\.weight is stored as torch.int8"),
         (lambda m: m.to("meta"), {}, r"layer\.0\.attention.*meta device"),
-        (without_norms, {"part": "layernorm"}, r"layers \[0, 1, 2\] of BertModel hold nothing of"),
+        (without_norms, {"part": "layernorm"}, r"no layernorm in layers \(0, 1, 2\)"),
     ],
 )
 def test_a_model_that_cannot_take_it_is_left_whole(change, plan, message):
@@ -601,14 +531,14 @@ def test_a_new_kind_is_one_function_in_the_table(monkeypatch):
     monkeypatch.setattr(corruption, "KINDS", dict(KINDS))
 
     @corruption._kind(strength="what every value is multiplied by")
-    def scaled(target, generator, strength):
+    def scaled(piece, generator, strength):
         """Every value times the strength."""
-        return target.values * strength
+        return piece.values * strength
 
     model = tiny_model("bert")
     expected = layer_parameters(model)["layer.1.output.dense.weight"].detach() * 0.25
     report = corrupt(model, layers=[1], kind="scaled", strength="0.25")
-    assert [tensor.relative_change for tensor in report.tensors] == [pytest.approx(0.75)] * 16
+    assert report.tensors.relative_change.tolist() == [pytest.approx(0.75)] * 16
     assert "scaled at strength 0.25 (seed 0) in layer 1 of 3" in str(report)
     assert torch.equal(layer_parameters(model)["layer.1.output.dense.weight"], expected)
     assert corruption.KINDS["scaled"].summary == "Every value times the strength."

@@ -10,11 +10,11 @@ import torch
 from families import FAMILIES, tiny_model
 from helpers import save_tiny_bert
 from safetensors.torch import load_file, save_file
+from test_encoders import layer_parameters
 
 from healing_utils.base.errors import HealingError
 from healing_utils.healing import models
 from healing_utils.healing.corruption import corrupt
-from healing_utils.healing.encoders import layer_parameters
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,9 @@ def forget():
     models.forget()
 
 
-def test_the_organism_is_a_folder_and_other_names_are_themselves(monkeypatch, tmp_path):
-    monkeypatch.setattr(models.organism, "folder", lambda: tmp_path)
-    assert models.resolve("organism") == str(tmp_path)
-    assert models.resolve("bert-base-uncased") == "bert-base-uncased"
+def test_the_organism_is_a_folder_and_other_names_are_themselves(monkeypatch, saved):
+    monkeypatch.setattr(models.organism, "folder", lambda: saved)
+    assert models.model_folder("organism") == models.model_folder(str(saved)) == saved
 
 
 def test_the_body_is_the_checkpoints_and_the_head_the_seeds(saved):

@@ -12,6 +12,7 @@ import transformers
 from families import FAMILIES, tiny_config
 from helpers import random_examples
 from test_training import QUIET, classifier, identical, largest_difference, weights
+from torch.nn import functional as F
 from transformers import BertForMaskedLM
 
 from healing_utils.healing import shortcuts
@@ -63,40 +64,34 @@ def test_dropout_repeats_from_a_seed_and_rests_in_evaluation():
 
 
 def test_dropping_and_adding_in_one_pass_is_both_in_turn():
-    x = torch.randn(50, 8, requires_grad=True)
-    residual = torch.randn(50, 8, requires_grad=True)
-    torch.manual_seed(3)
-    want = residual + dropout(x, 0.3)
-    wanted = torch.autograd.grad(want.square().sum(), (residual, x))
-    torch.manual_seed(3)
-    got = dropout(x, 0.3, residual=residual)
-    gradients = torch.autograd.grad(got.square().sum(), (residual, x))
+    x, residual = (torch.randn(50, 8, requires_grad=True) for _ in range(2))
+
+    def computed(function):
+        torch.manual_seed(3)
+        out = function()
+        return out, *torch.autograd.grad(out.square().sum(), (residual, x))
+
+    want = computed(lambda: residual + dropout(x, 0.3))
+    got = computed(lambda: dropout(x, 0.3, residual=residual))
     # A product more or less is rounded: float32 keeps 24 bits of values around 1.
-    assert torch.allclose(got, want, atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, wanted, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
     assert torch.equal(dropout(x, 0.3, False, residual), residual + x)
     # Under autocast the products are bfloat16 and the residual is not.
-    mixed = dropout(x.bfloat16(), 0.3, True, residual)
-    assert mixed.dtype == torch.float32
+    assert dropout(x.bfloat16(), 0.3, True, residual).dtype == torch.float32
 
 
 def test_every_dropout_of_a_model_is_quick_inside_the_block_and_torchs_outside():
-    model = classifier(dropout=0.5)
-    modules = [m for m in model.modules() if type(m) is torch.nn.Dropout]
-    x = torch.ones(100)
-    model.train()
-    with quick_dropout(model):
+    module, x = classifier(dropout=0.5).train().bert.embeddings.dropout, torch.ones(100)
+
+    def drawn(function):
         torch.manual_seed(0)
-        inside = modules[0](x)
-        torch.manual_seed(0)
-        assert torch.equal(inside, dropout(x, 0.5))
-        model.eval()
-        assert modules[0](x) is x
-    model.train()
-    torch.manual_seed(0)
-    outside = modules[0](x)
-    torch.manual_seed(0)
-    assert torch.equal(outside, torch.nn.functional.dropout(x, 0.5))
+        return function(x, 0.5, True)
+
+    for block, quick in ((quick_dropout(module), dropout), (contextlib.nullcontext(), F.dropout)):
+        with block:
+            assert torch.equal(drawn(lambda x, *_: module(x)), drawn(quick))
+            assert module.eval()(x) is x
+        module.train()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,10 +105,9 @@ def test_logits_and_gradients_are_those_of_the_whole_computation(family):
         model.zero_grad()
         logits = model(**examples).logits
         logits.square().sum().backward()
-        return logits.detach(), {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            for name, p in model.named_parameters()
-        }
+        named = model.named_parameters()
+        none = torch.zeros(())
+        return logits.detach(), {n: none if p.grad is None else p.grad.clone() for n, p in named}
 
     logits, gradients = run()
     with first_token_layers(model, batch(family, seed=1)) as used:
@@ -241,9 +235,14 @@ def gradients(model, low=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=low is not False):
             logits = model(**batch()).logits
         logits.float().square().sum().backward()
-        if low:
-            low.collect()
-    return {name: p.grad.clone() for name, p in names.items() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in names.items() if p.grad is not None}
+    if low:
+        summed = [gradient for _, _, gradient in low.blocks]
+        sizes = [-(-p.numel() // 16) * 16 for p in low.low]
+        places = zip(low.low, summed[0].split(sizes), strict=True)
+        of = {p: part[: p.numel()].view(p.shape).clone() for p, part in places}
+        found |= {name: of[p] for name, p in names.items() if p in of}
+    return found
 
 
 @pytest.mark.parametrize("family", [*sorted(SHORTENED), "modernbert"])
@@ -255,13 +254,18 @@ def test_low_weights_get_the_gradients_that_autocast_gives(family):
     exact, wanted = gradients(model, low=False), gradients(model)
     low = low_weights(model)
     assert len(low.low) > 12 and {p.dtype for p in low.low.values()} == {torch.bfloat16}
-    assert identical(gradients(model, low), wanted)
+    got = gradients(model, low)
+    assert identical({name: got[name] for name in wanted}, wanted)
     with first_token_layers(model, batch(seed=1)):
         short = gradients(model, low_weights(model))
     for name, want in exact.items():
         # The key's bias has no gradient but rounding's: softmax drops what it adds.
         if want.norm() > 1e-4:
             assert (short[name] - want).norm() < 0.05 * want.norm(), name
+
+
+def backward(parameter, size):
+    (parameter * size).sum().backward()
 
 
 def test_low_weights_add_up_in_float32_follow_the_optimizer_and_go():
@@ -271,59 +275,48 @@ def test_low_weights_add_up_in_float32_follow_the_optimizer_and_go():
     full = place.weight
     with pytest.raises(KeyError), low_weights(model) as low:
         for part in (1.0, 2.0**-10):  # their sum needs 11 bits
-            place.weight.grad = torch.full_like(place.weight, part)
-            low.collect()
-        assert torch.equal(full.grad, torch.full_like(full, 1 + 2.0**-10))
-        with torch.no_grad():
-            full.add_(1)
+            backward(place.weight, part)
+        ((_, _, gradient),) = low.blocks
+        assert gradient.max() == 1 + 2.0**-10 and gradient.count_nonzero() == full.numel()
+        low.blocks[0][0].data.add_(1)  # as an optimizer does
         low.refresh()
         assert torch.equal(place.weight, full.bfloat16())
-        with low.away():
-            assert place.weight is full
+        low.put(False)
+        assert place.weight is full
+        low.put(True)
         assert place.weight is not full
         raise KeyError
-    assert dict(model.named_parameters()).keys() == names.keys()
     assert all(p is names[name] for name, p in model.named_parameters())
-    full.data.sub_(1)
-    assert largest_difference(weights(model), before) < 1e-6
+    moved = {name: before[name] + float(p in low.low) for name, p in names.items()}
+    assert largest_difference(weights(model), moved) < 1e-6
+    storages = [p.untyped_storage().data_ptr() for p in names.values()]
+    assert len(set(storages)) == len(storages)  # as files want them
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_norm_is_of_all_gradients_since_they_were_cleared(dtype):
     model = classifier()
+    groups = [{"params": list(model.parameters())}]
     names = dict(model.named_parameters())
-    with low_weights(model, dtype) as low:
+    with LowWeights(model, dtype, groups) as low:
+        optimizer = torch.optim.SGD(groups)
         for place in (model.bert.pooler.dense, model.bert.embeddings.LayerNorm):
-            place.weight.grad = torch.ones_like(place.weight)
-            low.collect()
+            backward(place.weight, 1.0)
             want = place.weight.numel() ** 0.5
             assert math.isclose(low.norm(names.values()), want, rel_tol=1e-6)
-            place.weight.grad = None
-            low.clear()
+            low.clear(optimizer)
 
 
-def test_a_group_of_the_optimizer_gets_one_block_which_moves_its_weights():
+def test_a_group_of_the_optimizer_gets_one_block():
     model = classifier()
-    names, before = dict(model.named_parameters()), weights(model)
-    decayed = [p for p in names.values() if p.ndim > 1]
-    groups = [{"params": decayed}, {"params": [p for p in names.values() if p.ndim == 1]}]
-    with LowWeights(model, torch.bfloat16, groups) as low:
-        assert [len(group["params"]) for group in groups] == [
-            1 + sum(p not in low.low for p in group)
-            for group in (decayed, set(names.values()) - set(decayed))
-        ]
-        optimizer = torch.optim.SGD(groups, lr=1.0)
-        for parameter in low.low.values():
-            parameter.grad = torch.ones_like(parameter)
-        low.collect()
-        optimizer.step()
-        low.refresh()
-        assert all(torch.equal(p, full.bfloat16()) for full, p in low.low.items())
-    assert model.state_dict().keys() == before.keys()
-    for name, parameter in names.items():
-        assert torch.equal(parameter, before[name] - float(parameter in low.low)), name
-    storages = [p.untyped_storage().data_ptr() for p in names.values()]
-    assert len(set(storages)) == len(storages)  # as files want them
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": list(decayed)}, {"params": list(others)}]
+    low = LowWeights(model, torch.bfloat16, groups)
+    for group, before in zip(groups, (decayed, others), strict=True):
+        kept = [p for p in before if p not in low.low]
+        assert all(a is b for a, b in zip(kept, group["params"], strict=False))
+        assert len(group["params"]) == len(kept) + 1 < len(before)
 
 
 def test_tied_and_frozen_weights_stay_and_float32_takes_none():
@@ -338,14 +331,10 @@ def test_tied_and_frozen_weights_stay_and_float32_takes_none():
 def test_owned_weights_are_copies_in_aligned_memory():
     values = torch.arange(101.0)
     parameter = torch.nn.Parameter(values[1:])  # four bytes off
-    module = torch.nn.Module()
-    module.one = module.other = parameter
     own_memory([parameter])
-    with torch.no_grad():
-        module.one.add_(1)
-    assert torch.equal(module.other, torch.arange(1, 101.0) + 1)
-    assert torch.equal(values, torch.arange(101.0))
-    assert parameter.data_ptr() % 64 == 0 and module.one is module.other is parameter
+    parameter.data.add_(1)
+    assert torch.equal(parameter, torch.arange(2, 102.0)) and values[1] == 1
+    assert parameter.data_ptr() % 64 == 0
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -12,7 +12,6 @@ from helpers import random_examples
 
 from healing_utils.healing.corruption import corrupt
 from healing_utils.healing.similarity import layer_similarity, layer_states, passing_stream
-from healing_utils.healing.training import Encoded
 
 
 def examples(family: str = "bert", count: int = 40):
@@ -89,20 +88,3 @@ def test_cka_tells_a_rotated_stream_from_a_lost_one_and_agrees_with_its_definiti
     got = layer_similarity(Streams(x, x), Streams(x, float("nan") * x), data)
     assert np.isnan(got["cka"][1]) and np.isnan(got["cosine"][1])
     assert got["cka"][0] == pytest.approx(1)
-
-
-def test_padding_plays_no_part():
-    model = tiny_model("bert", "classification")
-    broken = copy.deepcopy(model)
-    corrupt(broken, layers=[0], kind="init", seed=0)
-    data = examples(count=30)
-    padded = layer_similarity(model, broken, data)
-    # The same texts, each beside texts of its own length: no padding at all.
-    order = np.argsort(data.lengths, kind="stable")
-    parts, weights = [], []
-    for length in sorted(set(data.lengths)):
-        rows = [i for i in order if data.lengths[i] == length]
-        part = Encoded([data.ids[i] for i in rows], None, data.labels[rows], data.pad)
-        parts.append(layer_similarity(model, broken, part)["cosine"])
-        weights.append(length * len(rows))
-    assert np.allclose(padded["cosine"], np.average(parts, axis=0, weights=weights), atol=1e-6)

@@ -53,9 +53,12 @@ def colab(tmp_path):
 
 
 def test_a_notebook_alone_installs_the_project_and_keeps_torch(colab):
+    def run(*command, cwd=colab, **more):
+        environment = CLEAN | more
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
     def run_python(code):
-        command = [str(colab / "env" / "bin" / "python"), "-c", code]
-        done = subprocess.run(command, cwd=colab, env=CLEAN, capture_output=True, text=True)
+        done = run(colab / "env" / "bin" / "python", "-c", code)
         return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
     where = "import torch; print(torch.__version__, torch.__file__)"
@@ -63,10 +66,9 @@ def test_a_notebook_alone_installs_the_project_and_keeps_torch(colab):
     assert "No module named 'healing_utils'" in run_python("import healing_utils")
     alone = colab / "content"
     alone.mkdir()
-    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), "out.ipynb", "-k", "python3"]
+    command = [sys.executable, "-m", "papermill", NOTEBOOK, "out.ipynb", "-k", "python3"]
     command += ["--no-progress-bar", "-y", json.dumps(SMALL)]
-    environment = CLEAN | {"HEALING_REPOSITORY": str(ROOT), "JUPYTER_PATH": str(colab)}
-    done = subprocess.run(command, cwd=alone, env=environment, capture_output=True, text=True)
+    done = run(*command, cwd=alone, HEALING_REPOSITORY=str(ROOT), JUPYTER_PATH=str(colab))
     assert done.returncode == 0, done.stderr[-2000:]
     set_up = nbformat.read(alone / "out.ipynb", as_version=4).cells[1]
     printed = "".join(o.get("text", "") for o in set_up.outputs if o.get("name") == "stdout")

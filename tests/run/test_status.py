@@ -1,7 +1,5 @@
 """How far a run is, as its folder says."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -14,17 +12,17 @@ from healing_utils.run import status
 
 def planned(run):
     """A run with four planned cells: one done, one claimed now, one claimed long ago, one open."""
-    for folder in ("plans", "records/recovery", "claims", "notebooks"):
-        (run / folder).mkdir(parents=True)
     cells = [{"key": key, "name": f"cell {key}"} for key in "abcd"]
-    (run / "plans" / "recovery.json").write_text(json.dumps({"stage": "recovery", "cells": cells}))
-    (run / "plans" / "baseline.json").write_text(json.dumps({"stage": "baseline", "cells": []}))
-    (run / "records" / "recovery" / "a.json").write_text("{}")
-    for key, age in (("b", 42), ("c", 4000)):
-        path = run / "claims" / f"{key}.json"
-        path.write_text(json.dumps({"owner": f"host{key}:12:0", "since": time.time() - age}))
-        os.utime(path, (time.time() - age, time.time() - age))
-    (run / "parameters.json").write_text("{}")
+    files = {
+        "plans/recovery.json": {"stage": "recovery", "cells": cells}, "parameters.json": {},
+        "plans/baseline.json": {"cells": []}, "records/recovery/a.json": {},
+        "claims/b.json": {"owner": "hostb:12:0", "since": time.time() - 42},
+        "claims/c.json": {"owner": "hostc:12:0", "since": time.time() - 4000},
+    }  # fmt: skip
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(content))
+    os.utime(run / "claims" / "c.json", (time.time() - 4000,) * 2)
 
 
 def test_status_shows_what_is_done_running_and_missing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -16,10 +17,11 @@ from helpers import FILLERS, tiny_study, write_corpus, write_planted_task
 
 from healing_utils import load_results, load_task
 from healing_utils.analysis import results
-from healing_utils.analysis.claims import recovery_claims
+from healing_utils.analysis.claims import decide
+from healing_utils.analysis.ledger import Tables
 from healing_utils.base.errors import HealingError
 from healing_utils.healing import models
-from healing_utils.study import compute, linguistics, planning
+from healing_utils.study import linguistics
 from healing_utils.study.cells import PROBING_STAGES, STAGES
 from healing_utils.study.study import Study
 
@@ -44,19 +46,38 @@ def probed(finished, parameters) -> Study:
     return study
 
 
-def test_every_state_and_column_is_probed_once(probed):
-    table = load_results(probed.run_folder, "probing")
+@pytest.fixture(scope="module")
+def table(probed) -> pd.DataFrame:
+    return load_results(probed.run_folder, "probing")
+
+
+def test_every_state_and_column_is_probed_once(table):
     states = table.drop_duplicates("key").groupby(["state", "side"]).size()
-    assert states.to_dict() == {
-        ("broken", "bottom"): 2, ("broken", "top"): 2, ("healed", "bottom"): 2,
-        ("healed", "top"): 2, ("intact", "none"): 2, ("pretrained", "none"): 2,
-        ("untrained", "none"): 2,
-    }  # fmt: skip
+    sided = {(state, side): 2 for state in ("broken", "healed") for side in ("bottom", "top")}
+    assert states.to_dict() == sided | {
+        (state, "none"): 2 for state in ("intact", "pretrained", "untrained")
+    }
     assert (table.groupby("key").layer.apply(list).map(tuple) == (0, 1, 2, 3)).all()
     assert set(table.corpus) == {"cues"} and set(table.column) == {"1", "2"}
     healed = table.state.isin(["broken", "healed"])
     assert table[healed].cka.between(-0.01, 1.01).all() and table[~healed].cka.isna().all()
     assert (table[healed & (table.side == "top")].layers == (2,)).all()
+    # Broken at the top: every state before the corrupted layer is the intact model's.
+    by = table.set_index(["state", "side", "column", "layer"])
+    for column, layer in itertools.product(("1", "2"), (0, 1, 2)):
+        broken = by.loc[("broken", "top", column, layer)]
+        assert broken.accuracy == by.loc[("intact", "none", column, layer)].accuracy
+        assert broken.cka == pytest.approx(1, abs=1e-6)
+        assert by.loc[("broken", "top", column, 3)].cka < 1 - 1e-6
+
+
+def test_probes_find_the_planted_tag_and_only_it(table):
+    pretrained = table[table.state == "pretrained"]
+    cue = pretrained[(pretrained.column == "1") & (pretrained.layer == 0)]
+    assert (cue.accuracy > 0.9).all() and (cue.majority < 0.7).all()
+    chance = pretrained[pretrained.column == "2"]
+    # Three standard errors of a share near one half over some 160 words.
+    assert (chance.accuracy - chance.majority).max() < 0.12
 
 
 def test_models_of_tasks_that_no_task_stage_planned_are_trained_and_scored(
@@ -70,28 +91,6 @@ def test_models_of_tasks_that_no_task_stage_planned_are_trained_and_scored(
     # Intact of both tasks, and broken and healed by side of the study's own.
     assert len(seen) == 2 + 4 and {c.key for c in seen} == {c.key for c in study.plan("networks")}
     assert not (study.run_folder / "plans").exists()  # they are no stage's plan
-
-
-def test_probes_find_the_planted_tag_and_only_it(probed):
-    table = load_results(probed.run_folder, "probing")
-    pretrained = table[table.state == "pretrained"]
-    cue = pretrained[(pretrained.column == "1") & (pretrained.layer == 0)]
-    assert (cue.accuracy > 0.9).all() and (cue.majority < 0.7).all()
-    chance = pretrained[pretrained.column == "2"]
-    # Three standard errors of a share near one half over some 160 words.
-    assert (chance.accuracy - chance.majority).max() < 0.12
-
-
-def test_what_is_not_corrupted_below_a_corrupted_layer_stays_the_same(probed):
-    """Broken at the top: every state before the corrupted layer is the intact model's."""
-    table = load_results(probed.run_folder, "probing")
-    table = table.set_index(["state", "side", "column", "layer"])
-    for column in ("1", "2"):
-        for layer in (0, 1, 2):
-            broken = table.loc[("broken", "top", column, layer)]
-            assert broken.accuracy == table.loc[("intact", "none", column, layer)].accuracy
-            assert broken.cka == pytest.approx(1, abs=1e-6)
-        assert table.loc[("broken", "top", column, 3)].cka < 1 - 1e-6
 
 
 def test_neurons_are_found_before_and_after(probed):
@@ -113,9 +112,7 @@ def test_neurons_are_found_before_and_after(probed):
     one = strongest[strongest.column == "1"]
     found = linguistics.strongest_neurons(one, 2)
     assert len(set(found)) == 2 and set(found) <= set(zip(one.layer, one.neuron, strict=True))
-
-
-def test_only_fine_tuned_models_are_ablated_and_whole_ones_score_as_recorded(probed):
+    # Only fine-tuned models are ablated, and whole ones score as recorded.
     ablation = results.load_neurons(probed.run_folder, "ablation")
     assert set(ablation.state) == {"intact"} and set(ablation.metric) == {"f1"}
     assert set(ablation.which) == {"none", "top", "random", "bottom"}
@@ -130,9 +127,7 @@ def test_finished_cells_are_found_again_and_nothing_else_is_left(probed, paramet
         monkeypatch.setitem(linguistics.COMPUTE, stage, lambda *_: pytest.fail("computed again"))
     for stage in PROBING_STAGES:
         assert Study(parameters).run(stage).equals(probed.table(stage))
-    for path in (probed.run_folder / "records").glob("*/*.json"):
-        if path.parent.name in PROBING_STAGES:  # what is shipped names no folder of this machine
-            record = json.loads(path.read_text())
+        for record in probed.store.records(stage):  # what is shipped names no folder of a machine
             del record["cell"]["model"], record["cell"]["task"]  # the test's own folders
             assert str(probed.run_folder.parent.parent) not in json.dumps(record)
 
@@ -147,15 +142,6 @@ def test_the_key_holds_what_the_result_depends_on(probed, parameters, tmp_path):
         assert not before & keys(**changes), changes
     assert before == keys(workers=2, neuron_delta=0.2, run=str(tmp_path))
     assert not keys("neurons") & keys("neurons", neuron_delta=0.2)
-
-
-def test_weights_that_were_not_kept_are_made_again(probed):
-    cell = next(c for c in probed.plan("recovery") if planning.keeps_weights(probed, c))
-    path = probed.store.weights_path(cell.key)
-    kept = compute.network(probed, cell).state_dict()
-    path.unlink()
-    again = compute.network(probed, cell).state_dict()
-    assert all(torch.equal(kept[name], again[name]) for name in kept) and path.exists()
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
@@ -228,24 +214,25 @@ def test_what_reading_met_is_recorded_and_said(parameters, tmp_path):
     assert "1 sentences were read in several windows" in line
 
 
+def test_a_model_that_two_scans_name_is_probed_once(probed):
+    scans = {"a": {"state": "intact", "train_size": [16], "probed": True}}
+    scans["b"] = {"state": "intact", "train_size": [16, 24], "probed": True}
+    planned = Study({**probed.parameters, "scans": scans}).plan("probing")
+    assert len({cell.key for cell in planned}) == len(planned)
+    sizes = [dict(c.network.settings).get("train_size") for c in planned if c.scan in ("a", "b")]
+    assert set(sizes) == {16, 24}
+
+
 def test_what_is_planned_is_expected(probed, tmp_path):
     """Without the plan, a level that is missing altogether would not be missed."""
     run = tmp_path / "run"
     shutil.copytree(probed.run_folder, run, ignore=shutil.ignore_patterns("weights"))
-    grid = results.planned_grid(run, "recovery")
-    assert grid == {
-        "levels": [1 / 3, 1.0], "seeds": [0], "sides": ["bottom", "top"],
-        "tasks": [probed.parameters["task"][0]],
-    }  # fmt: skip
-    for cell in probed.plan("recovery"):
-        if cell.level == 1 / 3 and cell.kind == "reinit":
-            (run / "records" / "recovery" / f"{cell.key}.json").unlink()
-    cells = pd.concat([load_results(run, stage) for stage in ("baseline", "recovery")])
-    table = recovery_claims(cells, grid=grid).set_index("claim")
-    assert (table.verdict == "undecided").all() and "missing" in table.reason["A1"]
-    assert "missing" not in recovery_claims(cells).set_index("claim").reason["A1"]
-    found = results.planned_grid(run, "probing")
-    assert found["corpora"] == [("cues", "1"), ("cues", "2")] and found["levels"] == [1 / 3]
-    assert found["healed_tasks"] == found["tasks"] == grid["tasks"]
+    gone = [c for c in probed.plan("recovery") if c.level == 1 / 3 and c.kind == "reinit"]
+    for cell in gone:
+        (run / "records" / "recovery" / f"{cell.key}.json").unlink()
+    assert results.missing_cells(run, "recovery") == [cell.name for cell in gone]
+    assert results.missing_cells(run, "probing") == []
+    table = decide(Tables(run))[0].drop_duplicates("claim").set_index("claim")
+    assert f"{len(gone)} planned cells missing" in table.reason["H"]
     shutil.rmtree(run / "plans")
-    assert results.planned_grid(run, "recovery") is None
+    assert results.missing_cells(run, "recovery") == []

@@ -11,7 +11,7 @@ from helpers import save_tiny_bert, write_planted_task
 
 from healing_utils.base.errors import HealingError
 from healing_utils.base.records import canonical
-from healing_utils.study import planning
+from healing_utils.study import cells, planning
 from healing_utils.study.cells import STAGES
 
 
@@ -56,16 +56,16 @@ def test_a_kept_plan_names_its_cells(tiny):
     names = {cell.name for cell in everything}
     for said in ("healed bottom 1/3 reinit seed 0", "healed 1 reinit seed 1", "scratch seed 1"):
         assert f"{model} {task} {said}" in names
+    found = set()
     for stage in (*STAGES, "harms", "scans", "probing", "neurons"):
         kept = json.loads((study.run_folder / "plans" / f"{stage}.json").read_text())
+        planned = study.plan(stage)
         cells = [
-            {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()}
-            for c in study.plan(stage)
+            {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()} for c in planned
         ]
         assert kept == json.loads(canonical({"stage": stage, "cells": cells}))
-    assert {c.key for c in everything} == {
-        c.key for stage in (*STAGES, "probing", "neurons") for c in study.plan(stage)
-    }
+        found |= {c.key for c in planned}
+    assert {c.key for c in everything} == found
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,16 @@ def test_cells_of_the_same_layers_are_one(tiny, changes, grid):
         ({"epochs": {"elsewhere": 1}}, "baseline", "epochs is given for elsewhere and not for"),
         ({"part": "pooler", "head": "mean"}, "corruption", "has no pooler"),
         ({"probe_levels": "1/2"}, "probing", "'1/2', which is not in levels: 1/3, 1"),
+        ({"part": "embeddings", "recipe": "drop"}, "scans", "recipe 'drop' is for layers"),
+        ({"levels": 1, "recipe": "drop"}, "scans", "recipe 'drop' needs a healthy layer"),
+        ({"seeds": [0, 7]}, "scans", "seed 7 is not among the study's"),
+        ({"layers": [[0, 7]]}, "scans", "layer 7 does not exist"),
+        ({"head": "mean", "start": "fine-tuned"}, "scans", "head 'mean' cannot start from the"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_when_planning(tiny, changes, stage, message):
+    if stage == "scans":
+        changes, message = {"scans": {"bad": changes}}, f"scan 'bad': {message}"
     with pytest.raises(HealingError, match=message):
         tiny(**changes).plan(stage)
 
@@ -127,32 +134,28 @@ def test_a_key_changes_with_every_determinant(tiny, change):
 
 
 def test_a_key_changes_with_model_data_state_and_numerics(tiny, tmp_path, monkeypatch):
-    before = keys(tiny())
-    model = save_tiny_bert(tmp_path / "model", seed=1)
-    task = write_planted_task(tmp_path / "task")
-    assert not before & keys(tiny(model=str(model)))
-    study = tiny(task=str(task))
-    assert keys(study) == before
+    study, mixed = tiny(), {"precision": "bfloat16"}
+    before, task = keys(study), write_planted_task(tmp_path / "task")
+    assert keys(tiny(task=str(task))) == before
     write_planted_task(task, seed=5)  # the same file in the same process
-    assert not before & keys(tiny(task=str(task)))
-    assert not before & keys(study, "corruption") and not before & keys(tiny(), "baseline")
-    mixed = keys(tiny(precision="bfloat16"))
-    monkeypatch.setattr(planning, "MIXED_NUMERICS", planning.MIXED_NUMERICS + 1)
-    assert before == keys(tiny()) and not mixed & keys(tiny(precision="bfloat16"))
-    monkeypatch.setattr(planning, "NUMERICS", planning.NUMERICS + 1)
+    other = {"model": str(save_tiny_bert(tmp_path / "model", seed=1))}, {"task": str(task)}
+    for found in (*(keys(tiny(**change)) for change in other), keys(study, "corruption")):
+        assert not before & found
+    lower = keys(tiny(**mixed))
+    monkeypatch.setattr(cells, "MIXED_NUMERICS", cells.MIXED_NUMERICS + 1)
+    assert before == keys(tiny()) and not lower & keys(tiny(**mixed))
+    monkeypatch.setattr(cells, "NUMERICS", cells.NUMERICS + 1)
     assert not before & keys(tiny())
 
 
 def test_a_key_changes_with_nothing_else(tiny, folder, tmp_path):
     study = tiny()
-    before = keys(study)
+    before, task = keys(study), study.parameters["task"][0]
     renamed = {"model": tmp_path / "other-name", "task": tmp_path / "other-task"}
     for name, path in renamed.items():
         shutil.copytree(folder / name, path)
-    task = study.parameters["task"][0]
     for change in (
-        {"run": str(tmp_path / "elsewhere")},
-        {"device": None, "workers": 3, "pretraining_steps": 3},
+        {"device": None, "workers": 3, "pretraining_steps": 3, "run": str(tmp_path / "elsewhere")},
         {"seeds": [1, 0], "sides": ["top", "bottom"], "levels": ["1", "1/3"]},
         {"levels": ["0.4", "1.0"], "probe_levels": []},  # the same layers
         {"metric": "accuracy"},  # all metrics are in the record
@@ -162,10 +165,8 @@ def test_a_key_changes_with_nothing_else(tiny, folder, tmp_path):
         assert keys(tiny(**change)) == before, change
     # Layer 0 is layer 0, whatever led to it.
     assert keys(tiny(layers=[0], scratch=False)) < before
-
-
-def test_determinants_of_paper_a_s_cells_name_nothing_new(tiny):
-    cell = next(c for c in tiny().plan("recovery") if c.state == "healed")
+    # What is as in paper A is not named.
+    cell = next(c for c in study.plan("recovery") if c.state == "healed")
     found = json.loads(cell.determinants)
     assert set(found) == {
         "numerics", "state", "model", "data", "classes", "recipe", "seed", "threads", "corruption",
@@ -206,21 +207,19 @@ def test_a_scan_is_the_product_of_its_fields(finished):
 
 
 def test_every_choice_has_a_key_of_its_own_and_the_main_grid_s_cells_are_the_same(finished):
-    cells, main = finished.study.plan("scans"), finished.study.plan("recovery")
-    known = {}
-    for cell in cells:  # what reads alike to people is the same cell
+    scans, main, known = finished.study.plan("scans"), finished.study.plan("recovery"), {}
+    for cell in scans:  # what reads alike to people is the same cell
         assert known.setdefault(cell.name, cell.key) == cell.key
-    reasons = {
-        "kinds": "strength", "parts": "part", "controls": "scattered", "recipes": "drop",
-        "deployed": "fine-tuned",
-    }  # fmt: skip
-    for scan, word in reasons.items():
-        assert any(word in c.determinants for c in of(cells, scan))
+    for scan, word in (
+        ("kinds", "strength"), ("parts", "part"), ("controls", "scattered"), ("recipes", "drop"),
+        ("deployed", "fine-tuned"),
+    ):  # fmt: skip
+        assert any(word in c.determinants for c in of(scans, scan))
     there = {c.layers: c.key for c in main if c.state == "healed" and c.seed == 0}
-    layers = {c.layers: c.key for c in of(cells, "layers")}
+    layers = {c.layers: c.key for c in of(scans, "layers")}
     assert layers[0,] == there[0,] and layers[2,] == there[2,] and (1,) not in there
     intact = keys(finished.study, "baseline")
-    assert sum(c.key in intact for c in of(cells, "price")) == 1
+    assert sum(c.key in intact for c in of(scans, "price")) == 1
 
 
 def test_a_scan_may_set_a_training_task_by_task(tiny, folder):
@@ -232,21 +231,6 @@ def test_a_scan_may_set_a_training_task_by_task(tiny, folder):
     ]  # fmt: skip
     with pytest.raises(HealingError, match="scan 'longer': epochs is given for .* and not for"):
         tiny(task=tasks, scans={"longer": {**scan, "epochs": {tasks[0]: 2}}}).plan("scans")
-
-
-@pytest.mark.parametrize(
-    ("scan", "message"),
-    [
-        ({"part": "embeddings", "recipe": "drop"}, "recipe 'drop' is for layers"),
-        ({"levels": 1, "recipe": "drop"}, "recipe 'drop' needs a healthy layer"),
-        ({"seeds": [0, 7]}, "seed 7 is not among the study's"),
-        ({"layers": [[0, 7]]}, "layer 7 does not exist"),
-        ({"head": "mean", "start": "fine-tuned"}, "head 'mean' cannot start from the fine-tuned"),
-    ],
-)  # fmt: skip
-def test_what_no_scan_can_do_is_refused_with_its_name(tiny, scan, message):
-    with pytest.raises(HealingError, match=f"scan 'bad': {message}"):
-        tiny(scans={"bad": scan}).plan("scans")
 
 
 def test_scans_of_other_tasks_are_left_out_and_said(tiny):
@@ -272,12 +256,12 @@ def test_a_cell_that_leans_on_the_intact_model_knows_how_that_was_trained(tiny):
 
 
 def test_everything_is_planned_by_task_and_seed_trained_before_broken_before_probed(tiny):
-    cells = tiny().plan("everything")
-    units = [(cell.seed, cell.task) for cell in cells]
+    planned = tiny().plan("everything")
+    units = [(cell.seed, cell.task) for cell in planned]
     assert units == sorted(units, key=units.index)  # one after the other
     turn = {"baseline": 0, "recovery": 0, "corruption": 1, "probing": 2, "neurons": 3}
     for unit in set(units):
-        turns = [turn[c.stage] for c in cells if (c.seed, c.task) == unit]
+        turns = [turn[c.stage] for c in planned if (c.seed, c.task) == unit]
         assert turns == sorted(turns)
 
 

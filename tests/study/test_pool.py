@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from helpers import contents
 
@@ -37,7 +39,7 @@ class Study:
     def __init__(self, run):
         self.store, self.run = Store(run), run
 
-    def record(self, cell, on_step):
+    def record(self, cell, on_step=None):
         with open(f"{self.run}/begun", "a") as file:
             file.write(f"{cell.key} {os.getpid()}\\n")
         if cell.name == "fails":
@@ -46,7 +48,6 @@ class Study:
             time.sleep(600)
         if cell.name == "kills" or cell.name == "kills once" and begun(self.run, cell.key) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        on_step(1, 2, 0.5)
         print("noise among the answers")
         self.store.write(cell.stage, cell.key, {"gpu": place})
 
@@ -84,57 +85,56 @@ def stand_in(tmp_path, monkeypatch):
 def run(stand_in, tmp_path):
     """Compute cells in `count` processes: how each ended, by key, and the notes on the way."""
 
-    def run(work, count=1, make=stand_in.Study):
+    def run(work, count=1, make=stand_in.Study, say=lambda note: None):
         notes = []
         backend = pool.Processes(functools.partial(make, str(tmp_path)), count)
         study = stand_in.Study(str(tmp_path))
-        done = pool.outcomes(study, work, lambda cell: set(), backend, notes.append)
-        errors = {cell.key: error for cell, error in done}
-        assert not list((tmp_path / "claims").iterdir())
-        backend.close()
-        for worker in backend.workers.values():
-            assert worker.wait(pool.PATIENCE) is not None
-        return errors, notes
+        note = lambda text: (notes.append(text), say(text))  # noqa: E731
+        try:
+            done = pool.outcomes(study, work, lambda cell: set(), backend, note)
+            return {cell.key: error for cell, error in done}, notes
+        finally:
+            assert not list((tmp_path / "claims").iterdir())
+            backend.close()
+            assert all(worker.returncode is not None for worker in backend.workers.values())
 
     return run
 
 
 def begun(folder: Path) -> list[list[str]]:
-    return [line.split() for line in (folder / "begun").read_text().splitlines()]
+    path = folder / "begun"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def gone(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] == "Z"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     return True
 
 
 def wait(until, seconds=60.0):
     end = time.monotonic() + seconds
-    while not (value := until()):
+    while not until():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.02)
-    return value
 
 
 # -- processes -------------------------------------------------------------------------------------
 
 
-def test_processes_take_turns_at_the_gpus_and_say_how_far_they_are(run, tmp_path):
+def test_processes_take_turns_at_the_gpus_and_say_how_many_are_at_work(run, tmp_path):
     work = cells("a", "b", "c", "d", "e")
     errors, notes = run(work, 3)
-    assert errors == {cell.key: None for cell in work}
+    assert errors == {cell.key: None for cell in work} and "3 at work, first a" in notes
     gpus = {json.dumps(record["gpu"]) for record in Store(tmp_path).records("s")}
     assert "[0]" in gpus and gpus <= {"[0]", "[1]"}  # of two, for three processes
-    assert "3 at work, first a" in notes and "a: step 1/2, loss 0.500" in notes
 
 
 def test_a_killed_process_costs_its_cell_one_more_try_and_a_deadly_cell_is_reported(
     run, tmp_path, capfd
 ):
     errors, _ = run(cells("a", "kills once", "kills", "b", "fails", "c"), 2)
-    assert set(errors) == {f"k{i}" for i in range(6)}
-    assert {k for k, error in errors.items() if error} == {"k2", "k4"}
+    assert {k for k, error in errors.items() if error} == {"k2", "k4"} and len(errors) == 6
     assert "3 processes were lost over it, out of memory?" in str(errors["k2"])
     assert "ended with code -9" in str(errors["k2"])
     tries = [key for key, _ in begun(tmp_path)]
@@ -147,45 +147,32 @@ def test_a_killed_process_costs_its_cell_one_more_try_and_a_deadly_cell_is_repor
     assert capfd.readouterr().err.count("lost over") == 1 + pool.LOSSES
 
 
-def test_a_process_that_cannot_start_ends_the_run_with_one_line(run, stand_in, tmp_path):
-    with pytest.raises(HealingError, match="could not start: OSError: no such device"):
-        run(cells("a", "b", "c"), 2, make=stand_in.unable)
-    assert not list((tmp_path / "claims").iterdir())
+def test_a_study_that_no_process_can_make_is_each_cell_s_error(run, stand_in):
+    errors, _ = run(cells("a", "b", "c"), 2, make=stand_in.unable)
+    assert [str(error) for error in errors.values()] == ["no such device"] * 3
 
 
-def test_a_process_that_dies_idle_costs_nothing(stand_in, tmp_path, capfd):
+def test_a_process_that_dies_idle_costs_nothing(stand_in, tmp_path):
     backend = pool.Processes(functools.partial(stand_in.Study, str(tmp_path)), 1)
     study, (first, second) = stand_in.Study(str(tmp_path)), cells("a", "b")
-
-    def finish():
-        return wait(lambda: list(backend.finished(lambda note: None)))
-
-    backend.submit(first)
-    assert finish() == [(0, None)]
+    assert backend.submit(first).result(60) is None
     old = backend.workers[0]
     old.kill()
     old.wait()
-    assert backend.submit(second) == 0 and backend.workers[0] is not old
-    assert finish() == [(0, None)] and study.store.read("s", second.key)
+    assert backend.submit(second).result(60) is None and study.store.read("s", second.key)
+    assert backend.workers[0] is not old
     backend.close()
 
 
-def test_a_stopped_run_ends_its_processes_and_gives_its_claims_back(stand_in, tmp_path):
-    backend = pool.Processes(functools.partial(stand_in.Study, str(tmp_path)), 2)
-    study = stand_in.Study(str(tmp_path))
-
+def test_a_stopped_run_ends_its_processes_and_gives_its_claims_back(run, tmp_path):
     def interrupt(note):
-        if (tmp_path / "begun").exists() and len(begun(tmp_path)) == 2:
+        if len(begun(tmp_path)) == 2:
             raise KeyboardInterrupt
 
-    done = pool.outcomes(study, cells(*["sleeps"] * 3), lambda c: set(), backend, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(done)
-    assert not list((tmp_path / "claims").iterdir())
-    assert [worker.returncode for worker in backend.workers.values()] == [0, 0]  # none was killed
+        run(cells(*["sleeps"] * 3), 2, say=interrupt)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_a_killed_driver_leaves_no_process_and_its_claims_are_taken_over(run, stand_in, tmp_path):
     code = f"""if True:
         import functools, stand_in
@@ -197,11 +184,11 @@ def test_a_killed_driver_leaves_no_process_and_its_claims_are_taken_over(run, st
     """
     path = os.pathsep.join([str(Path(pool.__file__).parents[2]), os.environ["PYTHONPATH"]])
     driver = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
-    wait(lambda: (tmp_path / "begun").exists() and len(begun(tmp_path)) == 2)
+    wait(lambda: len(begun(tmp_path)) == 2)
     driver.kill()
     driver.wait()
     for _, pid in begun(tmp_path):
-        wait(lambda pid=pid: gone(int(pid)), pool.PATIENCE)
+        wait(lambda pid=pid: gone(int(pid)), 10)
     claims = [json.loads(path.read_text()) for path in (tmp_path / "claims").iterdir()]
     assert {claim["owner"].split(":")[1] for claim in claims} == {str(driver.pid)}
     errors, _ = run(cells("a", "b", "c"))
@@ -212,10 +199,9 @@ def test_a_study_s_processes_give_the_records_of_one(tiny, finished, tmp_path):
     """Trained before broken: by weights that another process kept."""
     study = tiny(run=tmp_path / "run", workers=2, levels=["1/3"], sides="top", scratch=False)
     cells = [cell for stage in ("baseline", "corruption") for cell in study.plan(stage)]
-    assert len(cells) == 6
     study.compute(list(reversed(cells)), "both stages")
-    ours = contents(finished.study.run_folder)
-    made = contents(study.run_folder)
+    study.close()
+    ours, made = contents(finished.study.run_folder), contents(study.run_folder)
     assert len(made) == 6 and made == {name: ours[name] for name in made}
     assert not list((study.run_folder / "claims").iterdir())
 
@@ -224,11 +210,13 @@ def test_a_study_s_processes_give_the_records_of_one(tiny, finished, tmp_path):
 
 
 class Scripted:
-    """A backend that ends cells as it is told, in the order in which they were begun."""
+    """A backend of one thread, which ends cells in the order in which they were begun."""
 
-    def __init__(self, study, room=2, ends=lambda cell: None):
-        self.study, self.places, self.ends = study, room, ends
-        self.running, self.log, self.closed = [], [], False
+    lost = ()
+
+    def __init__(self, study, room=2):
+        self.study, self.places, self.log, self.closed = study, room, [], False
+        self.thread = ThreadPoolExecutor(1)
 
     def room(self):
         return self.places
@@ -236,17 +224,12 @@ class Scripted:
     def submit(self, cell):
         if cell.name == "interrupts":
             raise KeyboardInterrupt
-        self.running.append(cell)
         self.log.append(cell.name)
-        return cell.key
+        return self.thread.submit(self.end, cell)
 
-    def finished(self, note):
-        cell = self.running.pop(0)
-        error = self.ends(cell)
-        if error is None:
-            self.study.store.write(cell.stage, cell.key, {})
+    def end(self, cell):
+        self.study.store.write(cell.stage, cell.key, {})
         self.log.append(f"end {cell.name}")
-        yield cell.key, error
 
     def close(self):
         self.closed = True
@@ -262,11 +245,10 @@ def test_a_cell_waits_for_the_models_that_it_needs(study):
     needs = {"k0": {broken.key, intact.key}, "k1": {intact.key}, "k2": {"of no cell"}}
     backend = Scripted(study)
     done = list(pool.outcomes(study, work, lambda c: needs.get(c.key, set()), backend, print))
-    assert [cell.name for cell, _ in done] == ["other", "intact", "broken", "probed"]
-    assert backend.log == [
-        "other", "intact", "end other", "end intact", "broken", "end broken", "probed",
-        "end probed",
-    ]  # fmt: skip
+    assert sorted(cell.name for cell, _ in done) == ["broken", "intact", "other", "probed"]
+    log = backend.log
+    assert log.index("other") < log.index("intact") < log.index("end intact")
+    assert log[-4:] == ["broken", "end broken", "probed", "end probed"]
 
 
 def test_what_another_run_computes_is_waited_for_and_not_computed(study, tmp_path, monkeypatch):
@@ -285,19 +267,16 @@ def test_what_another_run_computes_is_waited_for_and_not_computed(study, tmp_pat
     assert notes[-1] == "waiting for another run: theirs"
 
 
-def test_an_interrupt_while_cells_are_handed_out_gives_every_claim_back(study, tmp_path):
+def test_what_stops_the_handing_out_gives_every_claim_back(study, tmp_path):
     backend = Scripted(study, room=3)
-    work = cells("a", "b", "interrupts")
     with pytest.raises(KeyboardInterrupt):
-        list(pool.outcomes(study, work, lambda c: set(), backend, print))
+        list(pool.outcomes(study, cells("a", "b", "interrupts"), lambda c: set(), backend, print))
     assert backend.closed and not list((tmp_path / "claims").iterdir())
-
-
-def test_a_claim_that_cannot_be_written_stops_the_run(study, tmp_path):
+    (tmp_path / "claims").rmdir()
+    (tmp_path / "claims").write_text("")  # no claim can be written
     backend = Scripted(study)
-    (tmp_path / "claims").write_text("")
     with pytest.raises(HealingError, match="cannot claim"):
-        list(pool.outcomes(study, cells("a"), lambda c: set(), backend, print))
+        list(pool.outcomes(study, cells("c", "d", "e", "f"), lambda c: set(), backend, print))
     assert backend.closed and not backend.log
 
 
@@ -305,15 +284,27 @@ def test_few_cells_and_one_worker_stay_in_this_process(tiny, monkeypatch):
     asked = []
 
     class Asked(pool.InProcess):
-        def __init__(self, study):
-            super().__init__(study)
+        def __init__(self, study, note):
+            super().__init__(study, note)
             asked.append("in-process")
 
     monkeypatch.setattr(pool, "InProcess", Asked)
-    monkeypatch.setattr(pool, "Processes", lambda make, count: asked.append(count) or Asked(make()))
+    processes = lambda make, count: asked.append(count) or Asked(make(), print)  # noqa: E731
+    monkeypatch.setattr(pool, "Processes", processes)
     monkeypatch.setattr(Study, "record", lambda self, cell, on_step: None)
     for seeds, workers in (([0, 1], 2), ([0, 1, 2], 1), ([0, 1, 2], 2)):
         study = tiny(seeds=seeds, workers=workers)
         with contextlib.suppress(HealingError):  # nothing was recorded
             study.run("baseline")
     assert asked == ["in-process", "in-process", 2, "in-process"]
+
+
+def test_here_the_name_of_a_cell_and_its_steps_are_told(study, monkeypatch):
+    def record(cell, on_step):
+        on_step(1, 2, 0.5)
+        on_step(2, 2, 0.4)  # too soon
+
+    notes = []
+    backend = pool.InProcess(SimpleNamespace(store=study.store, record=record), notes.append)
+    assert list(pool.outcomes(study, cells("a"), lambda c: set(), backend, notes.append))
+    assert notes[:2] == ["a", "a: step 1/2, loss 0.500"] and "loss 0.400" not in str(notes)

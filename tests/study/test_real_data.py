@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from healing_utils.base.errors import HealingError
+from healing_utils.healing import models, training
+from healing_utils.healing.corruption import corrupt
 from healing_utils.texts import tasks
 
 MODEL, DATA = "sentence-transformers/all-MiniLM-L6-v2", "stanfordnlp/sst2"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline():
+def stored():
     """Ask the local cache only, whatever the environment says."""
     import datasets
     import huggingface_hub.constants
@@ -23,31 +23,16 @@ def offline():
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setenv("HEALING_PROGRESS", "quiet")
+        try:
+            tasks.load_task(DATA)
+            models.load_classifier(MODEL, 2, seed=0)
+        except HealingError as error:
+            pytest.skip(f"{DATA} or {MODEL} is not stored here: {error}")
         yield
 
 
-@pytest.fixture(scope="module")
-def sst2(offline):
-    try:
-        return tasks.load_task(DATA)
-    except HealingError as error:
-        pytest.skip(f"{DATA} is not stored here (HF_HOME={os.environ.get('HF_HOME')}): {error}")
-
-
-@pytest.fixture(scope="module")
-def model_name(offline):
-    from healing_utils.healing import models
-
-    try:
-        models.load_tokenizer(MODEL)
-        models.load_classifier(MODEL, 2, seed=0)
-    except HealingError as error:
-        pytest.skip(f"{MODEL} is not stored here (HF_HOME={os.environ.get('HF_HOME')}): {error}")
-    return MODEL
-
-
-def test_sst2_has_the_published_sizes_and_classes(sst2):
+def test_sst2_has_the_published_sizes_and_classes():
+    sst2 = tasks.load_task(DATA)
     # Wang et al. 2019, table 1: 67k training phrases, 872 for development.
     assert (len(sst2.pool), len(sst2.test)) == (67349, 872)
     assert sst2.classes == ("negative", "positive") and sst2.metric == "f1"
@@ -58,14 +43,11 @@ def test_sst2_has_the_published_sizes_and_classes(sst2):
     assert (len(train), len(validation)) == (4000, 200)
 
 
-def test_a_few_steps_of_the_real_model_learn_something(sst2, model_name):
-    from healing_utils.healing import models, training
-    from healing_utils.healing.corruption import corrupt
-
-    tokenizer = models.load_tokenizer(model_name)
-    train, _ = sst2.draw(0, 256, 0)
+def test_a_few_steps_of_the_real_model_learn_something():
+    tokenizer = models.load_tokenizer(MODEL)
+    train, _ = tasks.load_task(DATA).draw(0, 256, 0)
     examples = training.encode(tokenizer, train.texts, train.labels)
-    model = models.load_classifier(model_name, 2, seed=0)
+    model = models.load_classifier(MODEL, 2, seed=0)
     assert model.config.num_hidden_layers == 6
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     before = training.evaluate(model, examples, device="cpu")["loss"]

@@ -26,7 +26,10 @@ def records(folder: Path) -> list[dict]:
     return [record for stage in stages for record in Store(folder).records(stage)]
 
 
-@pytest.mark.parametrize("folder", FOUND, ids=lambda folder: folder.name)
+each = pytest.mark.parametrize("folder", FOUND, ids=lambda folder: folder.name)
+
+
+@each
 def test_every_record_is_whole_and_named_after_what_determines_it(folder):
     found = records(folder)
     assert len(found) == len(list((folder / "records").glob("*/*.json"))) > 0
@@ -41,7 +44,7 @@ def test_every_record_is_whole_and_named_after_what_determines_it(folder):
         assert known["model"].startswith("sha256:")
 
 
-@pytest.mark.parametrize("folder", FOUND, ids=lambda folder: folder.name)
+@each
 def test_every_record_is_found_by_the_profiles_plan(folder, tmp_path):
     if "UD_EWT" not in os.environ:
         pytest.skip("needs the profile's models, data sets and corpora")

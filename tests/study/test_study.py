@@ -18,16 +18,9 @@ score_accuracy score_matthews score_spearman chance chance_f1 chance_accuracy te
 seconds device threads key""".split()
 
 
-def forbid_computing(monkeypatch, *states):
-    def computed(study, cell, on_step):
-        raise AssertionError(f"computed {cell.name}")
-
-    for state in states or compute.COMPUTE:
-        monkeypatch.setitem(compute.COMPUTE, state, computed)
-
-
-def untimed(table):
-    return table.drop(columns="seconds")
+def forbid_computing(monkeypatch):
+    for state in compute.COMPUTE:
+        monkeypatch.setitem(compute.COMPUTE, state, lambda study, cell: pytest.fail(cell.name))
 
 
 def test_a_stage_s_table_has_a_row_a_cell_and_the_columns_of_the_contract(finished):
@@ -42,6 +35,9 @@ def test_a_stage_s_table_has_a_row_a_cell_and_the_columns_of_the_contract(finish
         assert table["score_spearman"].isna().all() and table["score_matthews"].notna().all()
         assert (table["chance"] == table["chance_f1"]).all()
         assert np.allclose(table["chance_accuracy"], majority)
+        read = load_results(finished.study.run_folder, stage)
+        assert read.equals(table) and has_stage(finished.study.run_folder, stage)
+        assert list(read["layers"].map(type).unique()) == [tuple]
     assert (finished.tables["recovery"]["train_size"] == 32).all()
 
 
@@ -60,17 +56,14 @@ def test_tables_say_what_each_scanned_cell_was(finished):
     assert told("recipes", "recipe") == {("drop",), ("distillation",)}
 
 
-def test_results_are_read_from_the_records(finished, tmp_path):
-    for stage, table in finished.tables.items():
-        read = load_results(finished.study.run_folder, stage)
-        assert read.equals(table) and has_stage(finished.study.run_folder, stage)
-        assert list(read["layers"].map(type).unique()) == [tuple]
-    with pytest.raises(HealingError, match="unknown stage 'baselin'.*'baseline'"):
-        load_results(finished.study.run_folder, "baselin")
-    with pytest.raises(HealingError, match="no such run: .*nowhere"):
-        load_results(tmp_path / "nowhere", "baseline")
-    with pytest.raises(HealingError, match="no records of stage 'recovery': run that stage first"):
-        load_results(tmp_path, "recovery")
+def test_a_stage_that_is_not_there_is_named(tmp_path):
+    for run, stage, message in (
+        (tmp_path, "baselin", "unknown stage 'baselin'.*'baseline'"),
+        (tmp_path / "nowhere", "baseline", "no such run: .*nowhere"),
+        (tmp_path, "recovery", "no records of stage 'recovery': run that stage first"),
+    ):
+        with pytest.raises(HealingError, match=message):
+            load_results(run, stage)
 
 
 def test_a_second_run_computes_nothing_and_gives_the_same_tables(copied, finished, monkeypatch):
@@ -79,15 +72,7 @@ def test_a_second_run_computes_nothing_and_gives_the_same_tables(copied, finishe
     for stage, table in finished.tables.items():
         assert copied.run(stage).equals(table)
     assert {p: p.read_bytes() for p in copied.run_folder.rglob("records/**/*.json")} == records
-    # More seeds: only theirs are missing.
-    more = Study({**copied.parameters, "seeds": [0, 1, 2]})
-    with pytest.raises(HealingError, match="1 of 3 cells of baseline failed.*intact seed 2"):
-        more.run("baseline")
-
-
-def test_the_table_says_what_was_asked_for(copied, finished, monkeypatch):
-    """Other names of the same cells find their records, under the names that were asked for."""
-    forbid_computing(monkeypatch)
+    # Other names of the same cells find their records, under the names that were asked for.
     table = Study({**copied.parameters, "metric": "accuracy"}).run("recovery")
     assert (table["metric"] == "accuracy").all()
     assert (table["score"] == table["score_accuracy"]).all()
@@ -95,6 +80,10 @@ def test_the_table_says_what_was_asked_for(copied, finished, monkeypatch):
     assert set(custom["side"]) == {"custom"} and set(custom["layers"]) == {(2,)}
     top = finished.tables["recovery"].query("side == 'top'")
     assert list(custom["score"]) == list(top["score"])
+    # More seeds: only theirs are missing.
+    monkeypatch.setitem(compute.COMPUTE, "intact", lambda *_: 1 / 0)
+    with pytest.raises(HealingError, match="1 of 3 cells of baseline failed.*intact seed 2"):
+        Study({**copied.parameters, "seeds": [0, 1, 2]}).run("baseline")
 
 
 def test_a_damaged_record_alone_is_computed_again_and_is_the_same(
@@ -118,7 +107,7 @@ def test_a_damaged_record_alone_is_computed_again_and_is_the_same(
     assert computed == [gone.key]
     after = copied.store.read("recovery", gone.key)
     assert after["result"] == before["result"] and after["determinants"] == before["determinants"]
-    assert untimed(table).equals(untimed(whole))
+    assert table.drop(columns="seconds").equals(whole.drop(columns="seconds"))
 
 
 def test_records_of_another_plan_are_left_out(copied):
@@ -140,10 +129,10 @@ def test_a_failing_cell_is_reported_once_at_the_end_and_the_others_are_kept(
     bad, healed = cells[1], compute.COMPUTE["healed"]
     assert [c.key for c in cells].count(bad.key) == 2 and len(cells) == 3
 
-    def fails(study, cell, on_step):
+    def fails(study, cell):
         if cell.key == bad.key:
             raise RuntimeError("planted failure")
-        return healed(study, cell, on_step)
+        return healed(study, cell)
 
     with monkeypatch.context() as patch:
         patch.setitem(compute.COMPUTE, "healed", fails)
@@ -162,24 +151,19 @@ def test_a_failing_cell_is_reported_once_at_the_end_and_the_others_are_kept(
     assert len(study.run("scans")) == 3  # only the failed one was left
 
 
-def test_an_interruption_stops_and_gives_the_claim_back(tiny, monkeypatch):
-    def interrupted(study, cell, on_step):
+def test_what_stops_a_run_gives_its_claims_back(tiny, monkeypatch):
+    def interrupted(study, cell):
         raise KeyboardInterrupt
-
-    study = tiny()
-    monkeypatch.setitem(compute.COMPUTE, "intact", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        study.run("baseline")
-    assert not list((study.run_folder / "claims").iterdir())
-
-
-def test_a_full_disk_is_one_line_and_leaves_no_claim(tiny, monkeypatch):
-    study = tiny(seeds=0)
-    plans = study.plan("baseline")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    study = tiny(seeds=0)
+    plans = study.plan("baseline")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(compute.COMPUTE, "intact", interrupted)
+        study.compute(plans, "baseline")
+    assert not list((study.run_folder / "claims").iterdir())
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(HealingError, match="1 of 1 cells .* cannot write .*No space left"):
         study.compute(plans, "baseline")

@@ -1,0 +1,496 @@
+"""The ledger: published claims, each one entry, re-tested on the cells of a run.
+
+An entry says a claim's statement and source and yields, for each (task, seed), the effect that the
+claim is about; `claims.decide` does the rest. The next claim is one more function here.
+
+Paper A: Han, Zhang and Simion (2024), arXiv 2406.14459. Paper B: Durrani, Sajjad and Dalvi (2021),
+arXiv 2105.15179.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from healing_utils.analysis import harm, knowledge, results
+from healing_utils.analysis.claims import claim, units
+from healing_utils.analysis.effects import as_fraction, groups, t_interval
+from healing_utils.analysis.knowledge import before_after, deeper_half
+from healing_utils.analysis.price import by_examples
+from healing_utils.base.paths import run_folder
+
+TRAINED = ("baseline", "recovery", "scans")
+PROBED = ("probing",)
+# Shares of accuracy, of depth, or of what was known before: 0.02 is a quarter of one layer of
+# twelve, and what a probe of random labels shows by chance.
+KNOWLEDGE_MARGIN = 0.02
+FORGET = {"sst2", "qnli", "mnli"}  # paper B: which tasks forget linguistic knowledge
+PRESERVE = {"rte", "mrpc", "stsb"}
+
+
+class Tables:
+    """The tables of a run that claims are about, read when asked for; empty without records."""
+
+    def __init__(self, run: str | Path):
+        self.run = run_folder(run)
+        self._missing: dict[str, list[str]] = {}
+
+    def missing(self, stage: str) -> list[str]:
+        """Names of the planned cells of a stage without a record."""
+        if stage not in self._missing:
+            self._missing[stage] = results.missing_cells(self.run, stage)
+        return self._missing[stage]
+
+    def _stage(self, stage: str) -> pd.DataFrame:
+        there = results.has_stage(self.run, stage)
+        empty = pd.DataFrame(columns=results.COLUMNS[stage])
+        return results.load_results(self.run, stage) if there else empty
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        return harm.gather(self.run)
+
+    @cached_property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys([*self.cells["model"], *self.probing["model"]]))
+
+    @cached_property
+    def probing(self) -> pd.DataFrame:
+        table = self._stage("probing")
+        return knowledge.checked(table[table["scan"] == "main"])
+
+    @cached_property
+    def equally_trained(self) -> pd.DataFrame:
+        """Probes of pre-trained models and of intact ones, these after one number of steps: that
+        at which most tasks of `FORGET` and `PRESERVE` were probed, some of both; else none."""
+        table = self._stage("probing")
+        table = table[table["state"].isin(["pretrained", "intact"])]
+        steps = table["key"].map(results.probed_steps(self.run))
+        tasks = {at: set(own["task"]) for at, own in table.groupby(steps)}
+        both = {
+            at: t & (FORGET | PRESERVE) for at, t in tasks.items() if t & FORGET and t & PRESERVE
+        }
+        best = max(both, key=lambda at: len(both[at]), default=math.nan)
+        kept = harm.once(
+            table[(steps == best) | (table["state"] == "pretrained")],
+            ["model", "state", "task", "seed", "corpus", "column", "layer"],
+        )
+        return knowledge.checked(kept)
+
+    @cached_property
+    def neurons(self) -> pd.DataFrame:
+        return knowledge.checked(self._stage("neurons"), "neurons")
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Task scores of the models that were probed."""
+        return results.load_probed_scores(self.run) if len(self.probing) else self.cells.head(0)
+
+    @cached_property
+    def at_chance(self) -> set[tuple[str, str]]:
+        """(model, task) of the probed tasks whose intact score is not above chance, by an interval
+        over seeds: of one seed it cannot be said."""
+        left = knowledge.above_chance(self.scores)[1].query("n > 1")
+        return set(zip(left["model"], left["task"], strict=True))
+
+    def healed(self, value: str, by_level: bool = True) -> Iterator[tuple[dict, pd.DataFrame]]:
+        """`value` of the healed cells of whole layers by side, of every model and variant: names,
+        and a frame with rows (task, seed) and columns (side, level). The main grid is one variant;
+        what lies beside it is told for each level, since scans differ in tasks and seeds, or with
+        `by_level` false for the units that have all of its levels."""
+        cells = harm.by_side(self.cells[self.cells["state"] == "healed"])
+        cells = cells.sort_values("variant", key=lambda words: words != "reinit", kind="stable")
+        for names, part in groups(cells, ["model", "variant"]):
+            main = part["scan"] == "main"
+            if main.any():
+                own = names | {"main": names["variant"] == "reinit"}
+                yield own, _by_place(part[main], value)
+            rest = part[~main]
+            for level, own in rest.groupby("level") if by_level else [(1, rest)]:
+                told = f", {as_fraction(level)}" if level < 1 else ""
+                if len(own):
+                    wide = _by_place(own, value)
+                    yield names | {"variant": names["variant"] + told, "main": False}, wide
+
+
+def _by_place(cells: pd.DataFrame, value: str) -> pd.DataFrame:
+    wide = cells.pivot(index=["task", "seed"], columns=["side", "level"], values=value)
+    return wide.sort_index(axis=1)
+
+
+def _effects(names: dict, effects: pd.Series) -> pd.DataFrame:
+    """Units; beside the main grid only those that are there, since scans have their own seeds."""
+    return units(names, effects if names["main"] else effects.dropna())
+
+
+def _sides(wide: pd.DataFrame) -> list[str]:
+    return [side for side in ("bottom", "top") if side in wide]
+
+
+@claim("A1", "Corrupted models do not fully recover", "paper A, abstract",
+       "healed cells with their intact model", stages=TRAINED, demonstrates=False)  # fmt: skip
+def loss(tables: Tables) -> Iterator[pd.DataFrame]:
+    """intact - healed at the same budget, averaged over the levels and the sides."""
+    for names, wide in tables.healed("loss"):
+        sides = _sides(wide)
+        if len(sides) == 2:
+            yield _effects(names, wide[sides].mean(axis=1, skipna=False))
+        for side in [*sides, *(["all"] if "all" in wide else [])]:
+            where = "all layers" if side == "all" else side
+            own = names | {"variant": f"{names['variant']}, {where}", "main": False}
+            yield _effects(own, wide[side].mean(axis=1, skipna=False))
+
+
+@claim("A2", "The more is corrupted, the more is lost", "paper A, abstract",
+       "healed cells at two levels below 1", stages=TRAINED, demonstrates=False)  # fmt: skip
+def rise(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Least-squares slope of the loss on the level, times the range of levels below 1; the mean of
+    the sides. (Level 1 contains the bottom: it would tell which layers were hit.)"""
+    for names, wide in tables.healed("loss", by_level=False):
+        slopes = {}
+        for side in _sides(wide):
+            levels = np.array(wide[side].columns, dtype=float)
+            if len(levels) > 1:
+                centred = levels - levels.mean()
+                slopes[side] = wide[side] @ (centred / (centred**2).sum() * np.ptp(levels))
+        if len(slopes) == 2:
+            yield _effects(names, pd.DataFrame(slopes).mean(axis=1, skipna=False))
+        for side, slope in slopes.items():
+            own = names | {"variant": f"{names['variant']}, {side}", "main": False}
+            yield _effects(own, slope)
+
+
+@claim("A3", "Corrupting the bottom layers costs more than corrupting as many top layers",
+       "paper A, abstract", "healed cells of both sides at one level", stages=TRAINED)  # fmt: skip
+def side_difference(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed(top) - healed(bottom) at the same level, averaged over the levels."""
+    for names, wide in tables.healed("score"):
+        if len(_sides(wide)) == 2:
+            difference = (wide["top"] - wide["bottom"]).dropna(axis=1, how="all")
+            yield _effects(names, difference.mean(axis=1, skipna=False))
+
+
+def _controls(tables: Tables, control: str) -> Iterator[pd.DataFrame]:
+    healed = tables.cells[(tables.cells["state"] == "healed") & (tables.cells["part"] == "all")]
+    paired = ["model", "variant", "level", "task", "seed"]
+    beside, bottom = (
+        harm.once(healed[healed["side"] == side])[[*paired, "score"]]
+        for side in (control, "bottom")
+    )
+    both = beside.merge(bottom, on=paired, suffixes=("", "_bottom"))
+    both["effect"] = both["score"] - both["score_bottom"]
+    for names, part in groups(both, ["model", "variant"]):
+        mean = part.groupby(["task", "seed"])["effect"].mean()
+        yield units(names | {"main": False}, mean)
+
+
+@claim("A3-random", "The bottom costs more than as many layers drawn at random",
+       "a control of this study", "a scan with sides: random", stages=TRAINED)  # fmt: skip
+def against_random(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed(random layers) - healed(bottom), same kind and level."""
+    return _controls(tables, "random")
+
+
+@claim("A3-scattered", "The bottom costs more than as many values scattered over all layers",
+       "a control of this study", "a scan with sides: scattered", stages=TRAINED)  # fmt: skip
+def against_scattered(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed(scattered values) - healed(bottom), same kind and level."""
+    return _controls(tables, "scattered")
+
+
+@claim("W", "A corrupted model is worth more than random initial values",
+       "this study", "healed and scratch cells", stages=TRAINED)  # fmt: skip
+def worth(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed - scratch at the same budget, by side and level."""
+    cells, paired = tables.cells, ["model", "task", "seed", *harm.BUDGET]
+    scratch = harm.once(cells[cells["state"] == "scratch"], paired)[[*paired, "score"]]
+    plain = (cells["start"] == "pre-trained") & (cells["recipe"] == "full")
+    healed = harm.by_side(cells[(cells["state"] == "healed") & plain])
+    both = healed.merge(scratch, on=paired, suffixes=("", "_scratch"))
+    both["effect"] = both["score"] - both["score_scratch"]
+    both["variant"] = [f"{row['variant']}, {harm.place_name(row)}" for _, row in both.iterrows()]
+    both = both.sort_values("harm", key=lambda harm: harm != "reinit", kind="stable")
+    for names, part in groups(both, ["model", "variant"]):
+        yield units(names | {"main": False}, part.set_index(["task", "seed"])["effect"])
+
+
+@claim("B1", "RTE, MRPC and STS-B preserve linguistic knowledge in the higher layers, SST-2, QNLI "
+       "and MNLI forget it", "paper B, highlights",
+       "probing of tasks of both groups, above chance and trained for equally many steps",
+       stages=PROBED,
+       margin=KNOWLEDGE_MARGIN)  # fmt: skip
+def forgetting(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Drop of the accuracy over the deeper half of the layers, pre-trained minus fine-tuned for as
+    many steps on all tasks: mean of those said to forget minus mean of those said to preserve."""
+    for model in tables.models:
+        drops = {
+            task: deeper_half(before) - deeper_half(after)
+            for task, (before, after) in before_after(
+                tables.equally_trained, "accuracy", model
+            ).items()
+            if (model, task) not in tables.at_chance
+        }
+        forget, preserve = (sorted(group & set(drops)) for group in (FORGET, PRESERVE))
+        if forget and preserve:
+            lost, kept = (
+                pd.DataFrame(drops)[tasks].mean(axis=1, skipna=False)
+                for tasks in (forget, preserve)
+            )
+            against = f"{' '.join(forget)} against {' '.join(preserve)}"
+            effect = pd.concat({against: lost - kept})
+            yield units({"model": model, "variant": "", "main": True}, effect)
+
+
+@claim("B2", "Linguistic knowledge gathers in the lower layers after fine-tuning",
+       "paper B, abstract; JMLR, arXiv 2206.13288", "minimal neuron sets before and after",
+       stages=("neurons",), margin=KNOWLEDGE_MARGIN)  # fmt: skip
+def gathering(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Centre of mass of the minimal neuron set over the layers (0 embeddings, 1 last), before minus
+    after; tasks at chance stand apart, as the negative control."""
+    for model in tables.models:
+        pairs = before_after(tables.neurons, "center_of_mass", model)
+        shifts = {task: (before - after)[0] for task, (before, after) in pairs.items()}
+        yield from _beside_chance(tables, model, shifts)
+
+
+def _beside_chance(
+    tables: Tables, model: str, effects: dict[str, pd.Series]
+) -> Iterator[pd.DataFrame]:
+    """Units of the tasks that were learnt, and apart from them those of tasks at chance."""
+    for variant in ("", "tasks at chance, the negative control"):
+        of = {t: x for t, x in effects.items() if ((model, t) in tables.at_chance) == bool(variant)}
+        if of:
+            names = {"model": model, "variant": variant, "main": not variant}
+            yield units(names, pd.concat(of))
+
+
+@claim("B3", "BERT keeps linguistic knowledge deeper than RoBERTa and XLNet", "paper B, abstract",
+       "probing of three architectures", stages=PROBED, margin=0.05,
+       caveat="one model each: nothing is said about architectures in general")  # fmt: skip
+def bert_deepest(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Kept share of the deeper half, BERT's minus the mean of the others'; of several models of an
+    architecture their mean."""
+    shares: dict[str, list[pd.Series]] = {}
+    for (model, architecture), _ in tables.probing.groupby(["model", "architecture"]):
+        of = {
+            task: deeper_half(after) / deeper_half(before)
+            for task, (before, after) in before_after(tables.probing, "accuracy", model).items()
+            if (model, task) not in tables.at_chance
+        }
+        if of:
+            shares.setdefault(architecture, []).append(pd.concat(of))
+    if {"bert", "roberta", "xlnet"} <= set(shares):
+        mean = {
+            name: pd.concat(found, axis=1).mean(axis=1, skipna=False)
+            for name, found in shares.items()
+        }
+        effect = mean["bert"] - (mean["roberta"] + mean["xlnet"]) / 2
+        yield units({"model": "all", "variant": "", "main": True}, effect)
+
+
+def _healed_knowledge(tables: Tables) -> Iterator[tuple[dict, pd.DataFrame]]:
+    """`knowledge.healing_by_cell` by every measure that the run has."""
+    probing = tables.probing
+    healed = probing[probing["state"].eq("healed") & probing["side"].isin(["bottom", "top"])]
+    for kind in dict.fromkeys(healed["kind"]):
+        for measure in knowledge.MEASURES:
+            if measure in healed and healed[measure].notna().any():
+                rows = knowledge.healing_by_cell(probing, tables.scores, kind, measure)
+                for names, part in groups(rows, ["model"]):
+                    main = kind == "reinit" and measure == "accuracy"
+                    words = measure if kind == "reinit" else f"{kind}, {measure}"
+                    yield names | {"variant": words, "main": main}, part
+
+
+@claim("H", "Healing restores the task more than what the corrupted layers knew about words",
+       "this study", "probing of intact, broken and healed models",
+       stages=("baseline", "recovery", *PROBED),
+       caveat="the score can pass by the corrupted layers through the residual stream, the measure "
+       "cannot")  # fmt: skip
+def healing_gap(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Task healing minus knowledge healing, (healed - broken) / (intact - broken): of the score,
+    and of the corrupted layers' probes. Both parts of a quotient are summed over the sides. Tasks
+    at chance, and those on which intact - broken is within its interval of zero, have no quotient:
+    the variant names them."""
+    for names, part in _healed_knowledge(tables):
+        places = len(part[["side", "level"]].drop_duplicates())
+        columns = ["intact", "broken", "healed", "knew", "broke", "knows"]
+        total = part.groupby(["task", "seed"])[columns].sum(min_count=places)
+        lost = total.assign(score=total.intact - total.broken, words=total.knew - total.broke)
+        without = [
+            task
+            for task, own in lost.groupby(level="task")
+            if (names["model"], task) in tables.at_chance
+            or any(t_interval(own[name].dropna()).low <= 0 for name in ("score", "words"))
+        ]
+        kept = lost.drop(index=without, level="task")
+        effect = (kept.healed - kept.broken) / kept.score - (kept.knows - kept.broke) / kept.words
+        told = f", without {', '.join(without)}" if without else ""
+        yield units(names | {"variant": names["variant"] + told}, effect)
+
+
+@claim("H-gap", "After healing the corrupted layers know less about words than intact ones",
+       "this study", "probing of intact and healed models", stages=PROBED,
+       margin=KNOWLEDGE_MARGIN)  # fmt: skip
+def remaining_gap(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Accuracy (or selectivity) of the corrupted layers' probes, intact minus healed, by side."""
+    for names, part in _healed_knowledge(tables):
+        if names["variant"].endswith("codelength"):  # in bits, which no margin is about
+            continue
+        for place, rows in groups(part, ["side"]):
+            own = names | {"variant": f"{names['variant']}, {place['side']}", "main": False}
+            yield units(own, rows.groupby(["task", "seed"])["knowledge_loss"].mean())
+
+
+@claim("M1", "Fine-tuning does not make a model forget linguistic knowledge",
+       "Merchant et al. 2020 (2004.14448), abstract", "probing before and after fine-tuning",
+       stages=PROBED, direction="same", margin=KNOWLEDGE_MARGIN, demonstrates=False)  # fmt: skip
+def forgotten(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Accuracy before minus after, mean over the layers."""
+    for model in tables.models:
+        pairs = before_after(tables.probing, "accuracy", model)
+        drops = {t: (b - a).mean(axis=1, skipna=False) for t, (b, a) in pairs.items()}
+        yield from _beside_chance(tables, model, drops)
+
+
+def _recipes(tables: Tables, first: str, second: str) -> Iterator[pd.DataFrame]:
+    """score by the recipe `first` - score by `second` of the same corrupted model and budget."""
+    cells = tables.cells[(tables.cells["state"] == "healed") & (tables.cells["part"] == "all")]
+    same = [name for name in harm.CELL if name not in ("state", "part", "recipe")]
+    one, other = (
+        harm.once(cells[cells["recipe"] == recipe], same)[[*same, "budget", "score"]]
+        for recipe in (first, second)
+    )
+    both = one.merge(other, on=same, suffixes=("", "_other"))
+    both["effect"] = both["score"] - both["score_other"]
+    both["variant"] = [
+        ", ".join(
+            filter(None, [harm.harm_name(row["harm"]), harm.place_name(row),
+                          row["start"].replace("pre-trained", ""), row["budget"]])
+        )
+        for _, row in both.iterrows()
+    ]  # fmt: skip
+    for names, part in groups(both, ["model", "variant"]):
+        yield units(names | {"main": False}, part.set_index(["task", "seed"])["effect"])
+
+
+@claim("D", "Taking corrupted layers out heals more than training them", "this study",
+       "recipes drop and full", stages=TRAINED)  # fmt: skip
+def dropped(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed by drop - healed by full fine-tuning."""
+    return _recipes(tables, "drop", "full")
+
+
+@claim("S1", "Training the damaged part alone does as well as training everything",
+       "Lee et al. 2023, surgical fine-tuning (2210.11466); 2310.17041",
+       "recipes corrupted_only and full", stages=TRAINED, direction="not worse")  # fmt: skip
+def damaged_part_alone(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed by the corrupted layers alone - healed by full fine-tuning."""
+    return _recipes(tables, "corrupted_only", "full")
+
+
+@claim("R1", "Low-rank adapters heal less than training all weights",
+       "Kim et al. 2024 (2402.02834), abstract (decoders)", "recipes low_rank and full",
+       stages=TRAINED)  # fmt: skip
+def low_rank_less(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed by full fine-tuning - healed by low-rank adapters."""
+    return _recipes(tables, "full", "low_rank")
+
+
+@claim("X1", "Freezing the damaged part and training the healthy one heals",
+       "2508.04749, abstract (mixture of experts)", "recipes corrupted_frozen and head_only",
+       stages=TRAINED)  # fmt: skip
+def healthy_part_heals(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed with the corrupted layers frozen - healed by the head alone."""
+    return _recipes(tables, "corrupted_frozen", "head_only")
+
+
+def _single_layers(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells of which one whole layer was redrawn."""
+    one = (cells["part"] == "all") & (cells["layers"].map(len) == 1)
+    return cells[one & (cells["harm"] == "reinit") & (cells["side"] != "scattered")]
+
+
+@claim("C1", "Some layers are critical and others robust to being redrawn, without training",
+       "Zhang, Bengio and Singer 2019 (1902.01996), abstract", "every layer broken alone",
+       stages=("baseline", "corruption", "harms"), demonstrates=False)  # fmt: skip
+def critical_layers(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Retained score of the median layer minus that of the layer that is worst on the other
+    seeds."""
+    cells = tables.cells
+    broken = cells[
+        (cells["state"] == "broken") & (cells["part"] == "all") & (cells["side"] != "scattered")
+    ]
+    broken = harm.once(broken[(broken["layers"].map(len) == 1) & (broken["harm"] == "reinit")])
+    for names, part in groups(broken, ["model"]):
+        effects = {}
+        for (task,), rows in part.groupby(["task"]):
+            wide = rows.pivot(index="seed", columns="layers", values="retained").dropna()
+            if wide.shape[1] > 2 and len(wide) > 1:
+                for seed, own in wide.iterrows():
+                    effects[task, seed] = own.median() - own[wide.drop(seed).mean().idxmin()]
+        if effects:
+            yield units(names | {"variant": "", "main": False}, pd.Series(effects))
+
+
+@claim("T1", "Layers with high probing accuracy are not the ones that the task needs",
+       "Tamkin et al. 2020 (2004.14975), abstract", "every layer redrawn alone and healed, probing",
+       stages=(*TRAINED, *PROBED), direction="not worse", margin=0.5,
+       caveat="with so few layers a rank correlation is exploratory by construction")  # fmt: skip
+def probing_does_not_predict(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Minus the rank correlation over layers of the pre-trained probe's accuracy with the loss from
+    redrawing that layer alone: it holds where the correlation is below one half."""
+    healed = _single_layers(tables.cells[tables.cells["state"] == "healed"])
+    healed = harm.once(harm.plain(healed, ["layers"]), ["model", "task", "seed", "layers"])
+    probed = tables.probing[tables.probing["state"] == "pretrained"]
+    for names, part in groups(healed, ["model"]):
+        own = probed[probed["model"] == names["model"]]
+        if own.empty:
+            continue
+        curves = knowledge.by_layer(own, "accuracy").droplevel(list(range(6)))  # by seed
+        effects = {}
+        for place, rows in groups(part, ["task", "seed"]):
+            seed, at = place["seed"], [layer + 1 for (layer,) in rows["layers"]]
+            if len(at) > 2 and seed in curves.index:
+                accuracy = curves.loc[seed, at].to_numpy()
+                effects[place["task"], seed] = -stats.spearmanr(accuracy, rows["loss"]).statistic
+        if effects:
+            yield units(names | {"variant": "", "main": False}, pd.Series(effects))
+
+
+@claim("T2", "A pre-trained layer is worth more the fewer the labelled examples",
+       "Tamkin et al. 2020 (2004.14975), abstract", "one layer redrawn and healed on three numbers "
+       "of examples", stages=TRAINED)  # fmt: skip
+def fewer_examples(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Minus the slope of intact - healed, each at its number of examples, on the tenfold."""
+    cells = _single_layers(by_examples(tables.cells))
+    cells = cells[(cells["state"] == "healed") & (cells["recipe"] == "full")]
+    cells = cells[cells["side"].isin(["bottom", "top"])]
+    for names, part in groups(cells, ["model", "side"]):
+        wide = part.pivot_table(index=["task", "seed"], columns="train_size", values="loss")
+        if wide.shape[1] > 2:
+            examples = np.log10(np.array(wide.columns, dtype=float))
+            centred = examples - examples.mean()
+            slope = wide.dropna() @ (centred / (centred**2).sum())
+            yield units(names | {"variant": f"{names['side']} layer", "main": False}, -slope)
+
+
+@claim("Z1", "Redrawing the top layers with the model's own initialiser does not hurt",
+       "Zhang et al. 2021 (2006.05987)", "top layers redrawn by init, healed on few examples",
+       stages=TRAINED, direction="not worse")  # fmt: skip
+def fresh_top(tables: Tables) -> Iterator[pd.DataFrame]:
+    """healed(top layers, init) - intact, of the smallest level at the fewest examples."""
+    cells = harm.by_side(tables.cells[tables.cells["state"] == "healed"])
+    top = cells[(cells["harm"] == "init") & (cells["side"] == "top") & (cells["recipe"] == "full")]
+    for names, part in groups(top, ["model"]):
+        few = part[part["train_size"] == part["train_size"].min()]
+        few = few[few["level"] == few["level"].min()]
+        size, place = few["train_size"].iloc[0], harm.place_name(few.iloc[0])
+        words = {"variant": f"{place}, {size:,.0f} examples", "main": False}
+        yield units(names | words, -few.set_index(["task", "seed"])["loss"])

@@ -1,0 +1,146 @@
+"""The builder: verdicts on planted units, what makes them undecided, and how often it errs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import INTACT, Planted, cells
+
+from healing_utils.analysis import claims as builder
+from healing_utils.analysis.claims import Claim, decide, in_words, units
+from healing_utils.base.errors import HealingError
+
+SPREAD = np.array([-3e-3, -2e-3, -1e-3, 1e-3, 2e-3, 3e-3])
+
+
+def entry(effects, name="T", main=False, tasks=("a",), variant="", **more) -> dict[str, Claim]:
+    """A ledger of one claim whose units have these effects: (tasks, seeds) or (seeds,)."""
+    table = np.atleast_2d(effects)
+    index = pd.MultiIndex.from_product([tasks, range(table.shape[1])])
+    names = {"model": "m", "variant": variant, "main": main}
+
+    def found(tables):
+        yield units(names, pd.Series(table.ravel(), index))
+
+    return {name: Claim(name, "It is so", "a paper", "units", found, **more)}
+
+
+def one(effects, lost=(), **more):
+    table, _ = decide(Planted(scored=cells(INTACT), lost=lost), entry(effects, **more))
+    return table.iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("direction", "mean", "verdict", "reason"),
+    [
+        ("more", 0.05, "holds", "above 1 point"),
+        ("more", 0.005, "fails", "negligible: not above 1 point"),
+        ("more", -0.05, "fails", "reversed"),
+        ("more", -0.0003, "fails", "negligible: not above 1 point"),
+        ("more", 0.011, "undecided", "not clear of 1 point"),
+        ("not worse", 0.0, "holds", "not below minus 1 point"),
+        ("not worse", -0.05, "fails", "beyond 1 point"),
+        ("same", 0.002, "holds", "within 1 point of zero"),
+        ("same", 0.05, "fails", "beyond 1 point"),
+        ("same", 0.0095, "undecided", "not clear of 1 point"),
+    ],
+)
+def test_a_planted_effect_gets_its_verdict(direction, mean, verdict, reason):
+    row = one(mean + SPREAD, direction=direction)
+    assert (row.verdict, row.reason) == (verdict, reason)
+    assert row.effect == pytest.approx(mean) and (row.n, row.smallest_p) == (6, 1 / 64)
+    assert (row.seeds_needed >= 5) == (verdict == "undecided")
+
+
+def test_few_seeds_decide_nothing_and_it_is_said_how_many_would():
+    row = one([0.05, 0.051, 0.052])
+    assert row.verdict == "undecided" and row.reason == "3 seeds cannot reach p below 0.05"
+    assert row.seeds_needed == 5  # 1/32 is the first p below 0.05
+    assert one([0.05]).reason == "fewer than two seeds"
+
+
+def test_the_unit_is_the_seed_and_each_task_stands_beside():
+    effects = np.array([0.05 + SPREAD, 0.25 + 3 * SPREAD])
+    table, by_task = decide(Planted(scored=cells(INTACT)), entry(effects, tasks=("a", "b")))
+    row = table.iloc[0]
+    assert (row.n, row.tasks) == (6, "a, b") and row.effect == pytest.approx(0.15)
+    expected = effects.mean(axis=0)
+    assert row.high - row.low == pytest.approx(2 * 2.5706 * expected.std(ddof=1) / 6**0.5, rel=1e-4)
+    assert (row.without_low, row.without_high) == pytest.approx((0.05, 0.25))
+    assert by_task.set_index("task").effect.to_dict() == pytest.approx({"a": 0.05, "b": 0.25})
+
+
+def test_primary_claims_are_corrected_and_all_others_exploratory():
+    ledger = entry(0.05 + SPREAD, "A1", main=True) | entry(0.05 + SPREAD, "A3", main=True)
+    ledger |= entry(0.05 + SPREAD, "H", main=True) | entry(0.05 + SPREAD, "T", main=True)
+    table = decide(Planted(scored=cells(INTACT)), ledger)[0].set_index("claim")
+    assert table.primary.to_dict() == {"A1": True, "A3": True, "H": True, "T": False}
+    assert table.p_corrected[["A1", "A3", "H"]].tolist() == [3 / 64] * 3
+    assert (table.verdict == "holds").all() and math.isnan(table.p_corrected["T"])
+    said = in_words(table.reset_index())
+    assert "corrected p 0.047" in said[0] and "p 0.016, exploratory" in said[3]
+    # A primary claim that was not made counts in the family all the same.
+    alone = one(0.05 + SPREAD, name="A1", main=True)
+    assert alone.p_corrected == 3 / 64
+    # Off the main grid a claim is exploratory whatever its name.
+    assert not one(0.05 + SPREAD, name="A1").primary
+
+
+def test_what_is_missing_leaves_it_undecided_and_is_named():
+    row = one(0.05 + SPREAD, lost=("scans",), stages=("recovery", "scans"))
+    assert row.verdict == "undecided" and row.reason == "1 planned cell missing: a cell of scans"
+    # The main grid does not rest on the scans, and a claim not on stages that it does not read.
+    assert one(0.05 + SPREAD, lost=("scans",), stages=("recovery", "scans"), main=True).n == 6
+    assert one(0.05 + SPREAD, lost=("probing",)).verdict == "holds"
+    gap = [0.05, 0.05, math.nan, 0.05, 0.05, 0.05]
+    row = one(gap)
+    assert (row.verdict, row.n) == ("undecided", 5)
+    assert row.reason == "1 unit without an effect: a seed 2"
+
+
+def test_a_claim_without_units_is_not_tested_and_says_what_it_needs():
+    nothing = Claim("T", "It is so", "a paper", "a machine", lambda tables: iter(()))
+    table, _ = decide(Planted(scored=cells(INTACT)), {"T": nothing})
+    assert table.verdict.tolist() == ["not tested"] and table.reason[0] == "it needs a machine"
+    assert in_words(table) == ["T, m: It is so. Not tested: it needs a machine."]
+
+
+def test_units_twice_are_refused():
+    index = pd.MultiIndex.from_tuples([("a", 0), ("a", 0)])
+    names = {"model": "m", "variant": "", "main": False}
+    twice = Claim("T", "", "", "", lambda tables: iter([units(names, pd.Series([1.0, 2], index))]))
+    with pytest.raises(HealingError, match="1 duplicate cell"):
+        decide(Planted(scored=cells(INTACT)), {"T": twice})
+
+
+def test_the_organism_demonstrates():
+    table = cells(INTACT).assign(model="data/organism")
+    ledger = entry(0.05 + SPREAD)
+
+    def of_organism(tables):
+        for frame in ledger["T"].units(tables):
+            yield frame.assign(model="data/organism")
+
+    shown = {"T": Claim("T", "", "", "", of_organism)}
+    shown["U"] = Claim("U", "", "", "", of_organism, demonstrates=False)
+    found = decide(Planted(scored=table), shown)[0]
+    assert found.evidence.tolist() == [builder.DEMONSTRATION, ""]
+
+
+def test_a_researcher_adds_a_claim_in_one_place(monkeypatch):
+    monkeypatch.setattr(builder, "LEDGER", {})
+
+    @builder.claim("N", "The top costs nothing", "a paper, section 2", "healed tops",
+                   direction="not worse")  # fmt: skip
+    def top_is_free(tables):
+        top = tables.cells[tables.cells["side"] == "top"]
+        for model, part in top.groupby("model"):
+            names = {"model": model, "variant": "", "main": False}
+            yield units(names, -part.set_index(["task", "seed"])["loss"])
+
+    table = cells(INTACT, {"side": "top", "layers": (3, 4, 5), "score": 0.895})
+    row = decide(Planted(scored=table), builder.LEDGER)[0].iloc[0]
+    assert (row.verdict, row.n) == ("holds", 6) and row.effect == pytest.approx(-0.005, abs=1e-3)
