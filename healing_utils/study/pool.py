@@ -278,7 +278,7 @@ class Ray:
         cpus = study.parameters["threads"]
         gpus = int("GPU" in ray.cluster_resources() and study.parameters["device"] != "cpu")
         self.takes = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-        if self.room() == 1:
+        if not self._places():
             raise HealingError(
                 f"no node of the Ray cluster has the {cpus} CPUs of a cell's threads"
                 f"{' and a GPU' * gpus}; start nodes with more, or set threads, which is part of "
@@ -292,13 +292,15 @@ class Ray:
         self.tasks: dict[Future, Any] = {}
 
     def room(self) -> int:
-        """One ahead, so that no worker waits; nodes may come and go. A cell is on one node."""
-        places = 1
-        for node in self.ray.nodes():
-            if node["Alive"]:
-                there = node["Resources"]
-                places += min(int(there.get(what, 0) // n) for what, n in self.takes.items())
-        return places
+        """One ahead, so that no worker waits; nodes may come and go."""
+        return 1 + self._places()
+
+    def _places(self) -> int:
+        """For how many cells the nodes have what one takes; a cell is on one node."""
+        alive = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        return sum(
+            min(int(has.get(what, 0) // n) for what, n in self.takes.items()) for has in alive
+        )
 
     def submit(self, cell: Any) -> Future:
         claim = str(self.store.claim_path(cell.key))
