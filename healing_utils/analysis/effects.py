@@ -22,7 +22,6 @@ from healing_utils.base.errors import HealingError
 ALPHA = 0.05
 MAX_UNITS = 22  # 2^22 sums of 8 bytes: the last size that is quick
 LEVEL_DIGITS = 6  # 1/3 read back from text is still 1/3
-DIRECTIONS = ("more", "not worse", "same")
 
 
 class Interval(NamedTuple):

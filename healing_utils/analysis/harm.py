@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from healing_utils.analysis import results
-from healing_utils.analysis.effects import as_fraction, bounds, groups, means
+from healing_utils.analysis.effects import LEVEL_DIGITS, as_fraction, bounds, groups, means
 from healing_utils.base.errors import HealingError
 
 # What makes a training another one; the moments at which it is looked at do not.
@@ -43,7 +43,7 @@ def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
     `variant`, in words harm, recipe, start and budget."""
     cells = cells[cells["state"] != "untrained"].reset_index(drop=True)  # a floor, no harm
     cells["scan"] = cells["scan"].fillna("main") if "scan" in cells else "main"
-    cells["level"] = cells["level"].astype(float).round(6)
+    cells["level"] = cells["level"].astype(float).round(LEVEL_DIGITS)
     cells["harm"] = spell_harms(cells)
     cells["part"] = cells["part"].fillna("none")
     cells["steps"] = cells["steps"].astype(float)  # none of what is broken
@@ -128,8 +128,7 @@ def by_side(cells: pd.DataFrame) -> pd.DataFrame:
 def vulnerability(cells: pd.DataFrame, harm: str = "reinit") -> pd.DataFrame:
     """Retained score when one layer, or one part of one layer, is corrupted: a row a model, task,
     state (broken, healed), part and layer, with mean, 95 % t-interval and n seeds."""
-    chosen = cells[cells["state"].isin(["broken", "healed"]) & (cells["harm"] == harm)]
-    chosen = chosen[(chosen["layers"].map(len) == 1) & (chosen["side"] != "scattered")]
+    chosen = single_layers(cells[cells["state"].isin(["broken", "healed"])], harm)
     chosen = once(plain(chosen, ["part", "layers"]))
     chosen = chosen.assign(layer=[layers[0] for layers in chosen["layers"]])
     by = ["model", "task", "state", "part", "layer"]
@@ -163,36 +162,39 @@ def place_name(row: pd.Series) -> str:
     return "all layers" if row["side"] == "all" else f"{row['side']} {as_fraction(row['level'])}"
 
 
-def beside_full(cells: pd.DataFrame) -> pd.DataFrame:
-    """Healed cells of every other recipe beside full fine-tuning of the same corrupted model:
-    columns `place`, in words, and `gain` = score - score of ``full``."""
-    chosen = cells[(cells["state"] == "healed") & (cells["part"] == "all")]
-    chosen = once(chosen, ["key", "side"])
-    same = [*_UNIT, *BUDGET, "start", "harm", "side", "level", "layers"]
-    full = chosen[chosen["recipe"] == "full"][[*same, "score"]]
-    both = chosen[chosen["recipe"] != "full"].merge(full, on=same, suffixes=("", "_full"))
+def single_layers(cells: pd.DataFrame, harm: str = "reinit") -> pd.DataFrame:
+    """Cells of which one layer was hit, whole or in part, not values scattered over all layers."""
+    one = (cells["layers"].map(len) == 1) & (cells["side"] != "scattered")
+    return cells[one & (cells["harm"] == harm)]
+
+
+def beside_recipe(cells: pd.DataFrame, other: str = "full") -> pd.DataFrame:
+    """Healed cells of whole layers by every other recipe beside the recipe `other` of the same
+    corrupted model and budget: columns `place`, in words, and `gain` = score - its score."""
+    chosen = once(cells[(cells["state"] == "healed") & (cells["part"] == "all")], CELL)
+    same = [name for name in CELL if name not in ("state", "part", "recipe")]
+    theirs = chosen["recipe"] == other
+    both = chosen[~theirs].merge(chosen[theirs][[*same, "score"]], on=same, suffixes=("", "_other"))
     both["place"] = [place_name(row) for _, row in both.iterrows()]
-    return both.assign(gain=both["score"] - both["score_full"])
+    return both.assign(gain=both["score"] - both["score_other"])
 
 
 def league(cells: pd.DataFrame) -> pd.DataFrame:
     """Recipes against full fine-tuning of the same corrupted model at the same budget: a row a
     model, start, budget, harm, place and recipe with `gain` and `retained`, sorted by gain; means
     and t-intervals over the `n` seeds, each the mean over its tasks."""
-    chosen = beside_full(cells)
+    chosen = beside_recipe(cells)
     by = ["model", "start", "budget", "harm", "side", "level", "place", "recipe"]
     rows = []
     for names, part in groups(chosen, by):
         seeds = part.groupby("seed")[["gain", "retained"]].mean()
         found = bounds("gain", seeds["gain"]) | bounds("retained", seeds["retained"].dropna())
         rows.append({**names, **found, "n": len(seeds), "tasks": ", ".join(sorted(set(part.task)))})
-    table = pd.DataFrame(rows)
+    if not rows:
+        return pd.DataFrame()
     order = [*by[:-1], "gain"]
-    return (
-        table.sort_values(order, ascending=[True] * 7 + [False], ignore_index=True)
-        if rows
-        else table
-    )
+    ascending = [name != "gain" for name in order]
+    return pd.DataFrame(rows).sort_values(order, ascending=ascending, ignore_index=True)
 
 
 def deployed(cells: pd.DataFrame) -> pd.DataFrame:

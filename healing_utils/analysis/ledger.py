@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,8 @@ class Tables:
 
     def __init__(self, run: str | Path):
         self.run = run_folder(run)
-        self._missing: dict[str, list[str]] = {}
-
-    def missing(self, stage: str) -> list[str]:
-        """Names of the planned cells of a stage without a record."""
-        if stage not in self._missing:
-            self._missing[stage] = results.missing_cells(self.run, stage)
-        return self._missing[stage]
+        # Names of the planned cells of a stage without a record.
+        self.missing = cache(partial(results.missing_cells, self.run))
 
     def _stage(self, stage: str) -> pd.DataFrame:
         there = results.has_stage(self.run, stage)
@@ -98,6 +94,21 @@ class Tables:
         over seeds: of one seed it cannot be said."""
         left = knowledge.above_chance(self.scores)[1].query("n > 1")
         return set(zip(left["model"], left["task"], strict=True))
+
+    @cached_property
+    def healed_knowledge(self) -> list[tuple[dict, pd.DataFrame]]:
+        """`knowledge.healing_by_cell` of every model, by every measure that the run has."""
+        found = []
+        healed = self.probing[self.probing["state"].eq("healed")]
+        healed = healed[healed["side"].isin(["bottom", "top"])]
+        for kind, measure in product(dict.fromkeys(healed["kind"]), knowledge.MEASURES):
+            if measure in healed and healed[measure].notna().any():
+                rows = knowledge.healing_by_cell(self.probing, self.scores, kind, measure)
+                main = kind == "reinit" and measure == "accuracy"
+                words = measure if kind == "reinit" else f"{kind}, {measure}"
+                for names, part in groups(rows, ["model"]):
+                    found.append((names | {"variant": words, "main": main}, part))
+        return found
 
     def healed(self, value: str, by_level: bool = True) -> Iterator[tuple[dict, pd.DataFrame]]:
         """`value` of the healed cells of whole layers by side, of every model and variant: names,
@@ -294,20 +305,6 @@ def bert_deepest(tables: Tables) -> Iterator[pd.DataFrame]:
         yield units({"model": "all", "variant": "", "main": True}, effect)
 
 
-def _healed_knowledge(tables: Tables) -> Iterator[tuple[dict, pd.DataFrame]]:
-    """`knowledge.healing_by_cell` by every measure that the run has."""
-    probing = tables.probing
-    healed = probing[probing["state"].eq("healed") & probing["side"].isin(["bottom", "top"])]
-    for kind in dict.fromkeys(healed["kind"]):
-        for measure in knowledge.MEASURES:
-            if measure in healed and healed[measure].notna().any():
-                rows = knowledge.healing_by_cell(probing, tables.scores, kind, measure)
-                for names, part in groups(rows, ["model"]):
-                    main = kind == "reinit" and measure == "accuracy"
-                    words = measure if kind == "reinit" else f"{kind}, {measure}"
-                    yield names | {"variant": words, "main": main}, part
-
-
 @claim("H", "Healing restores the task more than what the corrupted layers knew about words",
        "this study", "probing of intact, broken and healed models",
        stages=("baseline", "recovery", *PROBED),
@@ -318,7 +315,7 @@ def healing_gap(tables: Tables) -> Iterator[pd.DataFrame]:
     and of the corrupted layers' probes. Both parts of a quotient are summed over the sides. Tasks
     at chance, and those on which intact - broken is within its interval of zero, have no quotient:
     the variant names them."""
-    for names, part in _healed_knowledge(tables):
+    for names, part in tables.healed_knowledge:
         places = len(part[["side", "level"]].drop_duplicates())
         columns = ["intact", "broken", "healed", "knew", "broke", "knows"]
         total = part.groupby(["task", "seed"])[columns].sum(min_count=places)
@@ -340,7 +337,7 @@ def healing_gap(tables: Tables) -> Iterator[pd.DataFrame]:
        margin=KNOWLEDGE_MARGIN)  # fmt: skip
 def remaining_gap(tables: Tables) -> Iterator[pd.DataFrame]:
     """Accuracy (or selectivity) of the corrupted layers' probes, intact minus healed, by side."""
-    for names, part in _healed_knowledge(tables):
+    for names, part in tables.healed_knowledge:
         if names["variant"].endswith("codelength"):  # in bits, which no margin is about
             continue
         for place, rows in groups(part, ["side"]):
@@ -361,23 +358,17 @@ def forgotten(tables: Tables) -> Iterator[pd.DataFrame]:
 
 def _recipes(tables: Tables, first: str, second: str) -> Iterator[pd.DataFrame]:
     """score by the recipe `first` - score by `second` of the same corrupted model and budget."""
-    cells = tables.cells[(tables.cells["state"] == "healed") & (tables.cells["part"] == "all")]
-    same = [name for name in harm.CELL if name not in ("state", "part", "recipe")]
-    one, other = (
-        harm.once(cells[cells["recipe"] == recipe], same)[[*same, "budget", "score"]]
-        for recipe in (first, second)
-    )
-    both = one.merge(other, on=same, suffixes=("", "_other"))
-    both["effect"] = both["score"] - both["score_other"]
+    both = harm.beside_recipe(tables.cells, second)
+    both = both[both["recipe"] == first]
     both["variant"] = [
         ", ".join(
-            filter(None, [harm.harm_name(row["harm"]), harm.place_name(row),
+            filter(None, [harm.harm_name(row["harm"]), row["place"],
                           row["start"].replace("pre-trained", ""), row["budget"]])
         )
         for _, row in both.iterrows()
     ]  # fmt: skip
     for names, part in groups(both, ["model", "variant"]):
-        yield units(names | {"main": False}, part.set_index(["task", "seed"])["effect"])
+        yield units(names | {"main": False}, part.set_index(["task", "seed"])["gain"])
 
 
 @claim("D", "Taking corrupted layers out heals more than training them", "this study",
@@ -411,23 +402,14 @@ def healthy_part_heals(tables: Tables) -> Iterator[pd.DataFrame]:
     return _recipes(tables, "corrupted_frozen", "head_only")
 
 
-def _single_layers(cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells of which one whole layer was redrawn."""
-    one = (cells["part"] == "all") & (cells["layers"].map(len) == 1)
-    return cells[one & (cells["harm"] == "reinit") & (cells["side"] != "scattered")]
-
-
 @claim("C1", "Some layers are critical and others robust to being redrawn, without training",
        "Zhang, Bengio and Singer 2019 (1902.01996), abstract", "every layer broken alone",
        stages=("baseline", "corruption", "harms"), demonstrates=False)  # fmt: skip
 def critical_layers(tables: Tables) -> Iterator[pd.DataFrame]:
     """Retained score of the median layer minus that of the layer that is worst on the other
     seeds."""
-    cells = tables.cells
-    broken = cells[
-        (cells["state"] == "broken") & (cells["part"] == "all") & (cells["side"] != "scattered")
-    ]
-    broken = harm.once(broken[(broken["layers"].map(len) == 1) & (broken["harm"] == "reinit")])
+    broken = tables.cells[(tables.cells["state"] == "broken") & (tables.cells["part"] == "all")]
+    broken = harm.once(harm.single_layers(broken))
     for names, part in groups(broken, ["model"]):
         effects = {}
         for (task,), rows in part.groupby(["task"]):
@@ -446,7 +428,8 @@ def critical_layers(tables: Tables) -> Iterator[pd.DataFrame]:
 def probing_does_not_predict(tables: Tables) -> Iterator[pd.DataFrame]:
     """Minus the rank correlation over layers of the pre-trained probe's accuracy with the loss from
     redrawing that layer alone: it holds where the correlation is below one half."""
-    healed = _single_layers(tables.cells[tables.cells["state"] == "healed"])
+    healed = tables.cells[(tables.cells["state"] == "healed") & (tables.cells["part"] == "all")]
+    healed = harm.single_layers(healed)
     healed = harm.once(harm.plain(healed, ["layers"]), ["model", "task", "seed", "layers"])
     probed = tables.probing[tables.probing["state"] == "pretrained"]
     for names, part in groups(healed, ["model"]):
@@ -469,9 +452,9 @@ def probing_does_not_predict(tables: Tables) -> Iterator[pd.DataFrame]:
        "of examples", stages=TRAINED)  # fmt: skip
 def fewer_examples(tables: Tables) -> Iterator[pd.DataFrame]:
     """Minus the slope of intact - healed, each at its number of examples, on the tenfold."""
-    cells = _single_layers(by_examples(tables.cells))
+    cells = harm.single_layers(by_examples(tables.cells))
     cells = cells[(cells["state"] == "healed") & (cells["recipe"] == "full")]
-    cells = cells[cells["side"].isin(["bottom", "top"])]
+    cells = cells[(cells["part"] == "all") & cells["side"].isin(["bottom", "top"])]
     for names, part in groups(cells, ["model", "side"]):
         wide = part.pivot_table(index=["task", "seed"], columns="train_size", values="loss")
         if wide.shape[1] > 2:

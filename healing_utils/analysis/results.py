@@ -258,38 +258,40 @@ def load_neurons(run: str | Path, what: str) -> pd.DataFrame:
     )  # fmt: skip
 
 
+def _networks(run: str | Path) -> Iterator[tuple[Record, Record]]:
+    """Each record of `probing` with that of the network that it looks into, where there is one: a
+    network that is missing is missing with its cell, and the claims name it."""
+    store = Store(run_folder(run))
+    for record in planned_records(store.run, "probing"):
+        network = record["cell"]["network"]
+        scored = store.read(*network) if network else None
+        if scored is not None:
+            yield record, scored
+
+
 def load_probed_scores(run: str | Path) -> pd.DataFrame:
     """The task scores of the models that ``probing`` looked into, as `load_results` gives them: of
     tasks that the task stages did not plan too, and without those of scans."""
-    store = Store(run_folder(run))
     found: dict[str, Record] = {}
-    for record in planned_records(store.run, "probing"):
+    for record, scored in _networks(run):
         cell = record["cell"]
-        if not cell["network"] or cell.get("scan", "main") != "main":
-            continue
-        stage, key = cell["network"]
-        scored = store.read(stage, key)
-        if scored is None:  # missing with its cell: the claims name it
-            continue
-        # What the probing plan calls it: another run may have computed it under other names.
-        scored["cell"] |= {n: cell[n] for n in ("model", "task", "side", "level", "kind")}
-        found[key] = scored
+        if cell.get("scan", "main") == "main":
+            # What the probing plan calls it: another run may have other names for it.
+            named = {n: cell[n] for n in ("model", "task", "side", "level", "kind")}
+            found[scored["key"]] = {**scored, "cell": scored["cell"] | named}
     if not found:
-        raise HealingError(f"run {store.run} has no probed models with a task: run 04 first")
+        raise HealingError(f"run {run_folder(run)} has no probed models with a task: run 04 first")
     return table(found.values())
 
 
 def probed_steps(run: str | Path) -> dict[str, float]:
     """For how many steps the network behind each cell of `probing` was trained, by the cell's key;
     of those that were trained, scans' too."""
-    store = Store(run_folder(run))
-    steps = {}
-    for record in planned_records(store.run, "probing"):
-        network = record["cell"]["network"]
-        trained = store.read(*network) if network else None
-        if trained is not None and "steps" in trained["result"]:
-            steps[record["key"]] = float(trained["result"]["steps"])
-    return steps
+    return {
+        record["key"]: float(scored["result"]["steps"])
+        for record, scored in _networks(run)
+        if "steps" in scored["result"]
+    }
 
 
 def write_tables(run: str | Path, tables: dict[str, pd.DataFrame]) -> None:

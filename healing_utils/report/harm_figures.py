@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from healing_utils.analysis.claims import MARGIN
 from healing_utils.analysis.harm import harm_name
 from healing_utils.analysis.price import by_examples
 from healing_utils.base.errors import HealingError
@@ -89,7 +90,7 @@ def league_figure(table: pd.DataFrame):
     the same budget, paired; means over n seeds with 95 % t-intervals. Filled: the whole interval
     beyond the margin of one point; open: not."""
     table = plots.usable(table, "gain")
-    better, worse = table["gain_low"] > 0.01, table["gain_high"] < -0.01
+    better, worse = table["gain_low"] > MARGIN, table["gain_high"] < -MARGIN
     table = table.assign(
         **{end: 100 * table[end] for end in ("gain", "gain_low", "gain_high")},
         **{"dodge": 0, "marker": "o", "filled": better | worse},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -41,6 +42,19 @@ def show_table(frame: pd.DataFrame, caption: str = "", digits: int = 3) -> None:
     table = f"<table>{note}<thead>{line('th', names)}</thead><tbody>{body}</tbody></table>"
     plain = "\n".join([caption, *(" | ".join(row) for row in [names, *cells])]).strip()
     display({"text/html": table, "text/plain": plain}, raw=True)
+
+
+def show_claims(
+    claims: pd.DataFrame,
+    caption: str,
+    before: Sequence[str] = ("model", "variant"),
+    after: Sequence[str] = ("n", "p", "verdict", "reason"),
+) -> None:
+    """Display rows of `claims.decide`: claim, the columns `before`, the effect with its interval,
+    and the columns `after`."""
+    ends = claims.rename(columns={"low": "effect_low", "high": "effect_high"})
+    shown = claims[["claim", *before]].assign(effect=with_interval(ends, "effect"))
+    show_table(pd.concat([shown, claims[list(after)]], axis=1), caption)
 
 
 def with_interval(summary: pd.DataFrame, name: str, digits: int = 3) -> list[str]:

@@ -147,7 +147,6 @@ class Planted(Tables):
         super().__init__("planted")
         none = made is None
         made = made or study(tasks=TASKS[:1], seeds=(0,))
-        self.lost = lost
         vars(self).update(
             cells=cells(INTACT).head(0) if scored is None else scored,
             probing=checked(made.probing.head(0) if none else made.probing),
@@ -156,5 +155,4 @@ class Planted(Tables):
         )
         vars(self)["equally_trained"] = vars(self)["probing"]
 
-    def missing(self, stage):
-        return [f"a cell of {stage}"] if stage in self.lost else []
+        self.missing = lambda stage: [f"a cell of {stage}"] if stage in lost else []
