@@ -74,6 +74,7 @@ def score_points(results: pd.DataFrame):
     table, looks = plots.sided(table[table.part.isin(["all", "none"])])
     table = plots.titled(table, "task", "model", "metric")
     marks = {"broken": "x", "untrained": "+"}
+    marks = {state: mark for state, mark in marks.items() if (table.state == state).any()}
     dots = table.assign(order=table.line.map(list(looks).index)).sort_values(["panel", "order"])
     dots = dots.assign(
         **{"score_low": math.nan, "score_high": math.nan, "n": 1, "dodge": 0, "filled": True},

@@ -130,6 +130,6 @@ def price_curves(cells: pd.DataFrame):
             axis.text(1.01, share, f"{100 * share:.0f} %", **beside)
         axis.set_xscale("log", base=2)
         sizes = sorted(rows["train_size"].unique())
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
         axis.minorticks_off()
     return figure, cells
