@@ -161,7 +161,7 @@ def test_a_folder_without_records_takes_new_parameters(tiny, tmp_path, monkeypat
     declared.keep_parameters()
     with pytest.raises(HealingError, match="other parameters"):
         Study({"run": str(tmp_path), "seeds": 1}).keep_parameters()
-    Study({"run": str(tmp_path), "workers": 3, "corpus": "x"}).keep_parameters()
+    Study({"run": str(tmp_path), "workers": 3, "corpus": "x", "scans": {}}).keep_parameters()
     assert json.loads(kept.read_text())["corpus"] == ["x"]
 
 
