@@ -343,8 +343,10 @@ def _connect(ray: Any, address: str) -> None:
             socket.create_connection((host, int(port)), REACHED).close()
         ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray's own, or the address is none
-        why = _first_line(error)
-        raise HealingError(f"cannot reach the Ray cluster at {address}: {why}") from error
+        what = (
+            "start a Ray cluster" if address == "local" else f"reach the Ray cluster at {address}"
+        )
+        raise HealingError(f"cannot {what}: {_first_line(error)}") from error
 
 
 if __name__ == "__main__":

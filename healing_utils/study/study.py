@@ -309,7 +309,8 @@ class Study:
                 f"corpus names {sizes[0]} corpora and column {sizes[1]} columns: need one column "
                 "for each, one for all, or a single corpus"
             )
-        return list(zip(corpora * (max(sizes) // sizes[0]), columns * (max(sizes) // sizes[1])))
+        corpora, columns = corpora * (max(sizes) // sizes[0]), columns * (max(sizes) // sizes[1])
+        return list(zip(corpora, columns, strict=True))
 
     def whole_corpus(self, name: str, column: str | None) -> Corpus:
         return load_corpus(

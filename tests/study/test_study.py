@@ -197,6 +197,21 @@ def test_a_failing_cell_is_reported_once_at_the_end_and_the_others_are_kept(
     assert len(study.run("scans")) == 3  # only the failed one was left
 
 
+def test_a_folder_moved_away_while_it_is_computed_stops_the_run(tiny, tmp_path, monkeypatch):
+    study, healed = tiny(run=tmp_path / "run"), compute.COMPUTE["healed"]
+
+    def moves(study, cell):
+        result = healed(study, cell)
+        if study.run_folder.exists():
+            study.run_folder.rename(tmp_path / "moved")
+        return result
+
+    monkeypatch.setitem(compute.COMPUTE, "healed", moves)
+    with pytest.raises(HealingError, match="the run's folder is gone; was it moved?"):
+        study.run("recovery")
+    assert not study.run_folder.exists() and (tmp_path / "moved").exists()
+
+
 def test_what_stops_a_run_gives_its_claims_back(tiny, monkeypatch):
     def interrupted(study, cell):
         raise KeyboardInterrupt
