@@ -43,7 +43,7 @@ class _Texts(yaml.BaseLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            raise yaml.YAMLError(f"an alias or a tag in line {event.start_mark.line + 1}")
+            raise yaml.YAMLError(f"has an alias or a tag in line {event.start_mark.line + 1}")
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node: Any) -> str | None:
@@ -52,7 +52,7 @@ class _Texts(yaml.BaseLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
         found = super().construct_mapping(node, deep)
         if len(found) < len(node.value):
-            raise yaml.YAMLError(f"a key is there twice from line {node.start_mark.line + 1} on")
+            raise yaml.YAMLError(f"names a key twice from line {node.start_mark.line + 1} on")
         return found
 
 
@@ -61,7 +61,9 @@ def read_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Texts)
     except (yaml.YAMLError, RecursionError) as error:
-        raise HealingError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
+        deep = isinstance(error, RecursionError)
+        why = "it is nested too deeply" if deep else " ".join(str(error).split())
+        raise HealingError(f"cannot be read as YAML: {why}") from None
 
 
 def _plain(value: Any) -> Any:

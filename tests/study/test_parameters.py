@@ -86,8 +86,8 @@ def test_values_and_their_text_forms(name, given, value):
         # What YAML would take for something else.
         ("epochs", "1:30", "valid number"), ("seeds", "012", "without leading zeros"),
         ("batch_size", "1_6", "underscores"), ("learning_rate", "2026-01-01", "valid number"),
-        ("batch_size", "!!int x", "valid integer"), ("seeds", "[!!int 3]", "a tag in line 1"),
-        ("epochs", "{a: 1, a: 2}", "key is there twice"), ("scans", "{a: &x {}, b: *x}", "alias"),
+        ("batch_size", "!!int x", "valid integer"), ("seeds", "[!!int 3]", "or a tag in line 1"),
+        ("epochs", "{a: 1, a: 2}", "a key twice"), ("scans", "{a: &x {}, b: *x}", "alias"),
         ("task", "[x].csv", "as YAML"), ("levels", "1e999999999", "a fraction such as"),
         # Values without end.
         ("evaluations", 1e9, "less than or equal to 10000"), ("workers", 5000, "equal to 256"),
