@@ -56,6 +56,7 @@ def plan(profile: str, out: str | None, parameters: dict[str, str], shard: str |
         return "\n".join([*lines, "everything is done"])
     keys = [cell.key for cell in left["cell"]]
     estimated = dict(zip(keys, left["seconds"].round(3), strict=True))
+    study.store.begin()
     write_atomically(study.run_folder / ESTIMATE, json.dumps(estimated))
     return "\n".join([*lines, f"estimate kept in {study.run_folder / ESTIMATE}"])
 

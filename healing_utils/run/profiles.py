@@ -8,12 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.paths import run_folder
 from healing_utils.base.records import read_json
-from healing_utils.study.parameters import read_parameters
+from healing_utils.study.parameters import read_parameters, read_yaml
 
 
 def notebook_folder() -> Path:
@@ -57,9 +55,9 @@ def read_profile(profile: str | Path) -> dict[str, Any]:
         profiles = {p.stem: p for p in sorted(notebook_folder().glob("profiles/*.y*ml"))}
         path = profiles[choose(str(profile), profiles, "profile")]
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
+        values = read_yaml(path.read_text("utf-8")) or {}
+    except (OSError, ValueError) as error:
+        why = str(error).removeprefix("cannot be read as YAML: ")
         raise HealingError(f"cannot read the profile {path} as YAML: {why}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise HealingError(f"{path} must hold one 'name: value' a line")

@@ -18,7 +18,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from healing_utils.base.errors import HealingError
-from healing_utils.base.records import digest, read_json, write_atomically
+from healing_utils.base.records import Store, digest, read_json, write_atomically
 from healing_utils.run import estimate, profiles
 from healing_utils.run.page import write_page
 from healing_utils.study.pool import COLLECT_AFTER, HUGE_PAGES, Ray
@@ -56,6 +56,7 @@ def run(
     if executor == "ray":  # before anything is written
         Ray(study, lambda: Study(settled), address).close()
     target, what = Path(settled["run"]), f"shard {shard}" if shard else "all stages"
+    Store(target).begin()
     write_atomically(target / "parameters.json", json.dumps(settled, indent=2) + "\n")
     say(f"Profile {profile}, {what}, in {target}")
     cells = study.keep_plans()
@@ -81,6 +82,8 @@ def run(
 def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
     """Run a notebook to ``target/notebooks``, with what it was made from and made in its metadata.
     Raises HealingError where it stops, and keeps it as far as it came, as ``.failed.ipynb``."""
+    if not target.is_dir():  # a kernel would begin it a second time
+        raise HealingError(f"the run's folder {target} is gone; was it moved?")
     done, place, cause = target / "notebooks" / path.name, "its start", ""
     failed = done.with_suffix(".failed.ipynb")
 

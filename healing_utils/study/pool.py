@@ -32,7 +32,6 @@ from healing_utils.base.errors import HealingError
 
 LOSSES = 3  # processes that a cell may lose before it is reported: it may be what kills them
 LOOK = 0.2  # seconds between two looks for what another run has claimed
-SPEAK = 1.0  # seconds between two notes on a cell's steps
 REACHED = 10.0  # seconds within which a cluster's address must answer
 # Pages of 2 MiB for what malloc hands out (glibc from 2.35 on; elsewhere it means nothing): a step
 # that passes over all weights then looks up fewer addresses. Only a new process can be told.
@@ -134,21 +133,19 @@ def compute(make: Callable[[], Any], cell: Any, *on_step: Callable[..., None]) -
 
 
 class InProcess:
-    """One cell after the other, here, with a note on its steps now and then."""
+    """One cell after the other, here, with a note on its steps."""
 
     lost = ()
 
     def __init__(self, study: Any, note: Note):
-        self.study, self.note, self.spoken = study, note, 0.0
+        self.study, self.note = study, note
 
     def room(self) -> int:
         return 1
 
     def submit(self, cell: Any) -> Future:
         def on_step(step: int, steps: int, loss: float) -> None:
-            if time.monotonic() - self.spoken > SPEAK:
-                self.spoken = time.monotonic()
-                self.note(f"{cell.name}: step {step}/{steps}, loss {loss:.3f}")
+            self.note(f"{cell.name}: step {step}/{steps}, loss {loss:.3f}")
 
         self.note(cell.name)
         future: Future = Future()
@@ -253,8 +250,8 @@ def serve(place: int) -> None:
 
 class Ray:
     """A Ray cluster whose machines share the run's folder, and the files of models and data, under
-    the same paths: the one at `address`; without one, that of ``RAY_ADDRESS``, of this machine, or
-    a new one on this machine, in this order.
+    the same paths: the one at `address`; without one, that of ``RAY_ADDRESS``; without that, a new
+    one on this machine, which no other machine can reach.
 
     The driver plans and claims; a task loads what it needs by the study that `make` gives, as here,
     and writes record and weights. Raises HealingError where Ray is not installed, the cluster
@@ -262,6 +259,9 @@ class Ray:
     """
 
     def __init__(self, study: Any, make: Callable[[], Any], address: str | None = None):
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":  # Ray reads it when it is imported, and else listens everywhere
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             import ray
         except ImportError as error:
@@ -331,10 +331,9 @@ def compute_there(driver: str, claim: str, make: Any, cell: Any) -> Exception | 
     return compute(lambda: _studies[driver], cell)
 
 
-def _connect(ray: Any, address: str | None) -> None:
+def _connect(ray: Any, address: str) -> None:
     """Once a process; the connection ends with it. Ray itself would try for minutes."""
-    where = f"the Ray cluster at {address}" if address else "or start a Ray cluster"
-    host, _, port = (address or "").rpartition(":")
+    host, _, port = address.rpartition(":")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here stays silent
     package, quiet = str(Path(__file__).resolve().parents[1]), {"HEALING_PROGRESS": "quiet"}
     settings = {"py_modules": [package], "env_vars": quiet}
@@ -344,7 +343,10 @@ def _connect(ray: Any, address: str | None) -> None:
             socket.create_connection((host, int(port)), REACHED).close()
         ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray's own, or the address is none
-        raise HealingError(f"cannot reach {where}: {_first_line(error)}") from error
+        what = (
+            "start a Ray cluster" if address == "local" else f"reach the Ray cluster at {address}"
+        )
+        raise HealingError(f"cannot {what}: {_first_line(error)}") from error
 
 
 if __name__ == "__main__":
