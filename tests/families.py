@@ -37,14 +37,28 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+# What answers in tuples, convolves, fuses otherwise or projects its embeddings; and what shares its
+# layers' weights.
+_OTHERS = {
+    "deberta": lambda: hf.DebertaConfig(
+        relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8, **_SIZES
+    ),
+    "roformer": lambda: hf.RoFormerConfig(**_SIZES),
+    "rembert": lambda: hf.RemBertConfig(
+        input_embedding_size=8, bos_token_id=1, eos_token_id=2, **_SIZES
+    ),
+    "yoso": lambda: hf.YosoConfig(**_SIZES),
+    "mra": lambda: hf.MraConfig(block_per_row=1, **_SIZES | {"max_position_embeddings": 64}),
+    "squeezebert": lambda: hf.SqueezeBertConfig(embedding_size=WIDTH, **_SIZES),
+    "albert": lambda: hf.AlbertConfig(embedding_size=8, **_SIZES),
+}  # fmt: skip
+OTHERS = tuple(family for family in _OTHERS if family != "albert")
+
 HEADS = ("none", "classification", "language model")
 
 
 def tiny_config(family: str) -> hf.PretrainedConfig:
-    """The configuration of one of `FAMILIES`, or of ALBERT, whose layers share their weights."""
-    if family == "albert":
-        return hf.AlbertConfig(embedding_size=8, **_SIZES)
-    return FAMILIES[family]()
+    return (FAMILIES | _OTHERS)[family]()
 
 
 def tiny_model(family: str, head: str = "none", seed: int = 0) -> hf.PreTrainedModel:

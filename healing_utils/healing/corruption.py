@@ -20,15 +20,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from healing_utils.base.errors import HealingError, choose
-from healing_utils.healing.encoders import (
-    OUTER_PARTS,
-    Piece,
-    encoder_layers,
-    parse_layers,
-    parse_level,
-    pieces,
-    resolve_layers,
-)
+from healing_utils.healing import encoders
+from healing_utils.healing.encoders import OUTER_PARTS, Piece
 
 
 @dataclass(frozen=True)
@@ -245,15 +238,13 @@ def corrupt(
     changed when it raises HealingError: for an unknown name, a plan that selects nothing, an
     unsupported model, or a parameter that holds no floating-point values."""
     rule = KINDS[choose(kind, KINDS, "kind of corruption")]
-    strength = _clean_strength(rule, strength)
-    if not str(seed).isdecimal():
-        raise HealingError(f"seed {seed!r} is not a whole number from 0 up")
-    number = int(seed)
-    n_layers = len(encoder_layers(model))
-    chosen = () if part in OUTER_PARTS else resolve_layers(n_layers, side, level, layers, number)
-    scattered = bool(chosen) and side == "scattered" and parse_layers(layers) is None
-    share = parse_level(level) if scattered else 1.0
-    planned = pieces(model, part, chosen)
+    strength, seed = _clean_strength(rule, strength), encoders.parse_seed(seed)
+    n_layers, chosen = len(encoders.encoder_layers(model)), ()
+    if part not in OUTER_PARTS:
+        chosen = encoders.resolve_layers(n_layers, side, level, layers, seed)
+    scattered = bool(chosen) and side == "scattered" and encoders.parse_layers(layers) is None
+    share = encoders.parse_level(level) if scattered else 1.0
+    planned = encoders.pieces(model, part, chosen)
     if rule.spares_vectors:
         planned = [p for p in planned if p.parameter.dim() > 1 and not p.is_bias]
     if not planned:
@@ -266,13 +257,13 @@ def corrupt(
             place = "on the meta device" if parameter.is_meta else f"stored as {parameter.dtype}"
             raise HealingError(f"{piece.name} is {place}: load the model whole, not quantised")
     # All is drawn before any is written: a kind that refuses one parameter leaves the model whole.
-    values = [rule.draw(piece, _generator(number, piece.name), strength) for piece in planned]
+    values = [rule.draw(piece, _generator(seed, piece.name), strength) for piece in planned]
     if scattered:
-        values = [_scattered(*pair, share, number) for pair in zip(planned, values, strict=True)]
+        values = [_scattered(*pair, share, seed) for pair in zip(planned, values, strict=True)]
     changes = [_write(*pair, share) for pair in zip(planned, values, strict=True)]
     tensors = pd.DataFrame(changes).replace([math.inf, -math.inf], math.nan)
     stuck = part in rule.cannot_heal and not scattered
-    return CorruptionReport(kind, chosen, n_layers, part, strength, number, tensors, stuck)
+    return CorruptionReport(kind, chosen, n_layers, part, strength, seed, tensors, stuck)
 
 
 def parse_kind(value: Any) -> tuple[str, float | None]:
@@ -298,8 +289,10 @@ def _clean_strength(rule: Kind, strength: Any) -> float | None:
     except (TypeError, ValueError):
         raise HealingError(f"kind {rule.name!r} needs a strength: {rule.strength}") from None
     low, high = rule.allowed
-    if not low <= value <= high:
+    whole = isinstance(low, int)
+    if not low <= value <= high or math.isinf(value) or whole and value % 1:
         allowed = f"from {low:g} " + ("up" if math.isinf(high) else f"to {high:g}")
+        allowed += ", a whole number" if whole else ""
         raise HealingError(f"strength {value:g} of {rule.name} must be {allowed}: {rule.strength}")
     return value
 

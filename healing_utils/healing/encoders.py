@@ -8,6 +8,7 @@ its module's type and the last word of its name (`query`, `q_lin`, `q_proj` and 
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import operator
 import random
@@ -86,8 +87,8 @@ def encoder_layers(model: nn.Module) -> list[nn.Module]:
 
     A layer has a child that holds query, key and value projections (or one fused projection), and
     at least two weight matrices outside of it. Raises HealingError where not exactly one
-    `ModuleList` consists of layers, where layers share weights (ALBERT), and where the role of a
-    parameter cannot be told."""
+    `ModuleList` consists of layers, where layers share weights (ALBERT), where the role of a
+    parameter cannot be told, and where tokens see only those before them (a decoder)."""
     return list(layer_stack(model))
 
 
@@ -103,7 +104,8 @@ def layer_stack(model: nn.Module) -> nn.ModuleList:
     }
     found = sum(map(len, stacks.values()))
     configs = (getattr(module, "config", None) for module in model.modules())
-    planned = next((c.num_hidden_layers for c in configs if hasattr(c, "num_hidden_layers")), found)
+    config = next((c for c in configs if hasattr(c, "num_hidden_layers")), None)
+    planned = getattr(config, "num_hidden_layers", found)
     alone = "layers that share weights, as in ALBERT, cannot be corrupted one without the other"
     if not stacks:
         raise HealingError(
@@ -123,6 +125,11 @@ def layer_stack(model: nn.Module) -> nn.ModuleList:
             raise HealingError(f"{kind} has one parameter as {' and '.join(shared[:2])}: {alone}")
     for layer in stack:
         _roles(layer)
+    said = [m.is_causal for m in stack.modules() if hasattr(m, "is_causal")]
+    if not said and getattr(config, "is_decoder", True):  # BLOOM's take what earlier tokens left
+        said = ["past" in name for name in inspect.signature(stack[0].forward).parameters]
+    if any(said):
+        raise HealingError(f"{kind} is a decoder, whose tokens see only earlier ones: no encoder")
     return stack
 
 
@@ -161,8 +168,11 @@ def _roles(layer: nn.Module) -> dict[str, str]:
     if len(attention) > 1:
         raise HealingError(f"{kind} has cross-attention: it is no layer of an encoder")
     inside, roles = set(attention[0].parameters()), {}
+    within = {_attention_role(name) for name, _ in attention[0].named_parameters()}
     for name, parameter in layer.named_parameters():
         role = _attention_role(name) if parameter in inside else "feed_forward"
+        if role == "feed_forward" and "attention" in name.split(".")[0]:  # SqueezeBERT's output
+            role = role if "attention_output" in within else "attention_output"
         roles[name] = "layernorm" if _is_norm(layer, name) else role
         if roles[name] is None:
             raise HealingError(f"cannot tell the role of {name!r} in the attention block of {kind}")
@@ -177,7 +187,11 @@ def _outer_modules(model: nn.Module, stack: nn.Module, part: str) -> list[tuple[
     words = paths[model.get_input_embeddings()]
     depth = next(i for i, (a, b) in enumerate(zip(words, paths[stack], strict=False)) if a != b)
     encoder = model.get_submodule(".".join(words[:depth]))
-    return [(name, child) for name, child in encoder.named_children() if "embed" in name]
+    found = [(name, child) for name, child in encoder.named_children() if "embed" in name]
+    # RemBERT projects its embeddings beside the stack.
+    holder = model.get_submodule(".".join(paths[stack][:-1]))
+    inner = [m for name, m in holder.named_children() if "embed" in name and holder is not encoder]
+    return found + [(".".join(paths[m][depth:]), m) for m in inner if type(m) is nn.Linear]
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -221,6 +235,19 @@ def _attention_role(name: str) -> str | None:
     return next((role for role, pattern in _WORDS.items() if pattern.match(word)), None)
 
 
+def parse_seed(value: Any) -> int:
+    """A seed, of its text too: a whole number that torch takes."""
+    digits = isinstance(value, str) and value.isdecimal() and len(value) <= 20
+    try:
+        seed = int(value) if digits else operator.index(value)
+    except TypeError:
+        seed = -1
+    if isinstance(value, bool) or not 0 <= seed < 2**64:
+        got = "larger" if seed > 0 else f"{value!r:.40}"
+        raise HealingError(f"seed is not a whole number from 0 to 2^64 - 1, but {got}")
+    return seed
+
+
 def parse_level(value: Any) -> float:
     """A level, the corrupted fraction of the layers, as a float in (0, 1]; of text ("1/6") too."""
     try:
@@ -229,7 +256,7 @@ def parse_level(value: Any) -> float:
         level = math.nan
     if not 0 < level <= 1 or isinstance(value, bool):
         raise HealingError(
-            f"level {value!r} is not a fraction above 0 and at most 1, such as 0.5 or 1/6"
+            f"level {value!r:.60} is not a fraction above 0 and at most 1, such as 0.5 or 1/6"
         )
     return level
 
@@ -249,7 +276,7 @@ def parse_layers(value: Any) -> tuple[int, ...] | None:
             raise TypeError
         indices = sorted(map(operator.index, found))
     except (TypeError, ValueError, SyntaxError):
-        message = f"layers {value!r} is not a list of whole numbers such as [0, 2]"
+        message = f"layers {value!r:.60} is not a list of whole numbers such as [0, 2]"
         raise HealingError(message) from None
     if not indices:
         raise HealingError("layers is an empty list: name at least one layer, or leave it out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,12 @@ import torch
 from torch import nn
 
 from healing_utils.base.errors import HealingError
+from healing_utils.healing.models import load_tokenizer
 
 BUCKET = 50  # batches sorted by length together; larger pads less and shuffles less
+NOTED = 200  # texts that `reading_note` looks at
+UNKNOWN = 0.2  # share of the pieces from which on it speaks; below these letters a piece, too
+CASED, UNCASED = 2.2, 0.8
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def highest(self) -> tuple[int, int]:
+        """The highest token id and token type."""
+        return max(map(max, self.ids)), max(map(max, self.types)) if self.types else 0
 
     @property
     def lengths(self) -> np.ndarray:
@@ -50,8 +60,15 @@ def encode(
         raise HealingError(f"tokenizer of {tokenizer.name_or_path!r} has no padding token")
     columns = [texts] if isinstance(texts[0], str) else zip(*texts, strict=True)
     limit = min(max_length, tokenizer.model_max_length or max_length)
-    full = tokenizer(*map(list, columns), truncation=True, max_length=limit)
-    truncated = sum(bool(encoding.overflowing) for encoding in full.encodings or [])
+    columns = list(map(list, columns))
+    if limit <= (special := tokenizer.num_special_tokens_to_add(len(columns) > 1)):
+        raise HealingError(f"max_length {limit} leaves no place beside {special} special tokens")
+    full = tokenizer(*columns, truncation=True, max_length=limit)
+    if full.encodings is not None:
+        truncated = sum(bool(encoding.overflowing) for encoding in full.encodings)
+    else:  # tokenizers in Python do not say
+        whole = tokenizer(*columns, verbose=False)["input_ids"]
+        truncated = sum(len(ids) > limit for ids in whole)
     types = full.get("token_type_ids")
     if types is not None and not any(map(any, types)):
         types = None  # all zero is every model's default
@@ -60,27 +77,57 @@ def encode(
     return Encoded(full["input_ids"], types, labels, pad, truncated)
 
 
-def as_encoded(data: Any, model: nn.Module, tokenizer: Any, max_length: int) -> Encoded:
-    """Of what `encode` made or columns `text` and `label`; HealingError where an example is longer
-    than what the model reads."""
+def as_encoded(
+    data: Any, model: nn.Module, tokenizer: Any, max_length: int, labelled: bool = False
+) -> Encoded:
+    """Of what `encode` made or columns `text` and `label`. Raises HealingError where the model
+    cannot read an example: it is longer than its positions, has a token or a token type beyond its
+    tables or, where it is `labelled`, a class beyond its head."""
     if not isinstance(data, Encoded):
         try:
             texts, labels = list(data["text"]), list(data["label"])
         except (KeyError, TypeError, IndexError) as error:
             kind = type(data).__name__
             raise HealingError(f"{kind} has no columns 'text' and 'label'") from error
-        if tokenizer is None:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        tokenizer = tokenizer or load_tokenizer(model.name_or_path)
         data = encode(tokenizer, texts, labels, max_length, model.config.num_labels == 1)
+    kind, config, (token, token_type) = type(model).__name__, model.config, data.highest
     limit, longest = position_limit(model), int(data.lengths.max())
-    if limit is not None and longest > limit:
-        raise HealingError(
-            f"an example has {longest} tokens, but {type(model).__name__} reads {limit} at most: "
-            f"lower max_length to at most {limit}"
-        )
+    types = getattr(config, "type_vocab_size", 0)  # without any, they are passed over
+    wrong = {
+        f"an example has {longest} tokens, but {kind} reads {limit} at most: lower max_length to "
+        f"at most {limit}": limit is not None and longest > limit,
+        f"an example has the token {token}, but {kind} has embeddings for {config.vocab_size}: the "
+        "tokenizer is another model's": token >= config.vocab_size,
+        f"an example has the token type {token_type}, but {kind} knows {types}: it cannot tell the "
+        "two texts of a pair apart": 0 < types <= token_type,
+    }
+    if labelled and data.labels.dtype.kind == "i":
+        for label in (int(data.labels.min()), int(data.labels.max())):
+            said = f"label {label} is none of {kind}'s {config.num_labels} classes"
+            wrong[said] = not 0 <= label < config.num_labels
+    if said := [message for message, holds in wrong.items() if holds]:
+        raise HealingError(said[0])
     return data
+
+
+def reading_note(tokenizer: Any, texts: Sequence[str] | Sequence[tuple[str, str]]) -> str:
+    """What to say where a tokenizer's vocabulary is not made for `texts`, else nothing: of the
+    first of them, in how many pieces it reads how many words, and the share that it does not know.
+    Letters without a case (Chinese) may be pieces of their own."""
+    some = [t for text in texts[:NOTED] for t in ([text] if isinstance(text, str) else text)]
+    ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = max(1, sum(map(len, ids)))
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids) / pieces
+    letters = "".join("".join(some).split())
+    cased = sum(letter.lower() != letter.upper() for letter in letters) > len(letters) / 2
+    if unknown < UNKNOWN and len(letters) >= pieces * (CASED if cased else UNCASED):
+        return ""
+    words = sum(len(text.split()) for text in some)
+    return (
+        f"{pieces:,} pieces for {words:,} words, {unknown:.0%} of them unknown: its vocabulary is "
+        "not made for these texts"
+    )
 
 
 def position_limit(model: nn.Module) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,14 +16,26 @@ from torch import nn
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
-from healing_utils.healing.encoders import pieces
-from healing_utils.healing.training import seeded
+from healing_utils.healing.encoders import parse_seed, pieces
 
 HEADS = ("first", "mean")
 # Weights come in one file, or in parts with an index.
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-             "vocab.json", "merges.txt", "*.model")  # fmt: skip
+             "vocab.json", "merges.txt", "bpe.codes", "*.model")  # fmt: skip
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Torch's random numbers from `seed` inside; the caller's generators untouched outside."""
+    cuda = device is not None and device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        # Not torch.manual_seed: it seeds every GPU too.
+        torch.default_generator.manual_seed(parse_seed(seed))
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager
@@ -36,10 +49,16 @@ def _explained(model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # safetensors, tokenizers and transformers each have their own
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = _first_line(error)
+        if "trust_remote_code" in str(error):
+            cause = "it needs code of its own (auto_map), and no model's code is run"
         raise HealingError(f"cannot load model {model!r}: {cause}") from error
     finally:
         logging.set_verbosity(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @lru_cache(maxsize=8)
@@ -47,32 +66,72 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     """The folder that config, weights and tokenizer are loaded from; of a hub model it is the
     cache's, filled where a file is missing, and the same for as long as the process lives."""
     place = organism.folder() if model == "organism" else Path(model)
-    if place.is_dir():
-        return place
-    from huggingface_hub import snapshot_download
+    with _explained(model):
+        if not model or not place.is_dir():
+            place = _from_hub(model, revision)
+        if (place / "adapter_config.json").exists():  # transformers would put it in
+            raise HealingError(
+                "it holds an adapter (adapter_config.json): merge that into its model, by peft's "
+                "merge_and_unload, and save the whole"
+            )
+        made = place / "training.json"
+        if model == "organism" and made.is_file():
+            if json.loads(made.read_bytes())["sha256"] != _sha256(place / "model.safetensors"):
+                raise HealingError(f"its weights in {place} are not what its pre-training wrote")
+    return place
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download, utils
     from transformers.utils import cached_file
 
-    with _explained(model):
+    try:
+        utils.validate_repo_id(model)
         config = cached_file(model, "config.json", revision=revision)  # explains what is not there
         wanted = ["config.json", *WEIGHTS, *TOKENIZER]
         snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")
-        return Path(config).parent
+    except Exception as error:
+        invalid = isinstance(error, utils.HFValidationError)
+        cause = "it is no name of the hub's" if invalid else f"of the hub's: {_first_line(error)}"
+        raise HealingError(f"there is no such folder, and {cause}") from error
+    return Path(config).parent
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=8)
 def load_config(model: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
+    folder = model_folder(model, revision)
     with _explained(model):
-        return AutoConfig.from_pretrained(model_folder(model, revision))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 @lru_cache(maxsize=8)
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """Raises HealingError where its files are missing (of a model alone transformers makes one that
+    knows no word), and where it is code."""
     from transformers import AutoTokenizer
 
+    folder, missing = model_folder(model, revision), ["vocab.txt, vocab.json or a *.model"]
+    kept = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab.*", "*.model"))
     with _explained(model):
-        return AutoTokenizer.from_pretrained(model_folder(model, revision))
+        if kept:
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if "auto_map" in found.init_kwargs:
+                raise HealingError("its tokenizer is code, and no model's code is run")
+            names = found.vocab_files_names
+            needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
+            missing = [name for name in needed if not (folder / name).is_file()]
+            if not missing or (folder / "tokenizer.json").is_file():
+                return found
+        raise HealingError(
+            f"tokenizer.json, or {' and '.join(missing)}, is missing: save its tokenizer beside it"
+        )
 
 
 class MeanPooled(nn.Module):
@@ -155,7 +214,8 @@ def _read(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     folder = model_folder(model, revision)
-    with _explained(model), seeded(seed):
+    given["trust_remote_code"] = False
+    with seeded(seed), _explained(model):
         if scratch:
             config = AutoConfig.from_pretrained(folder, **given)
             config.dtype = torch.float32
@@ -210,18 +270,37 @@ def _draw(classifier: nn.Module, module: nn.Module) -> None:
 @lru_cache(maxsize=8)
 def identity(model: str, revision: str | None = None) -> str:
     """What determines the weights and the tokens: a hash of the content of the files that are
-    loaded, wherever they lie and whatever the model is called."""
+    loaded, wherever they lie and whatever the model is called. Raises HealingError where there are
+    no weights, and for a file of the hub's cache that is no longer what was downloaded."""
     folder, hashed = model_folder(model, revision), hashlib.sha256()
-    whole, parts, index = WEIGHTS
-    weights = [folder / whole]
-    if not weights[0].exists():
-        weights = [*sorted(folder.glob(parts)), folder / index]
-    tokenizer = sorted(file for pattern in TOKENIZER for file in folder.glob(pattern))
-    for file in filter(Path.is_file, [folder / "config.json", *weights, *tokenizer]):
-        with open(file, "rb") as opened:
-            content = hashlib.file_digest(opened, "sha256")
-        hashed.update(f"{file.name} {content.hexdigest()}\n".encode())
+    whole, _, index = (folder / name for name in WEIGHTS)
+    weights = [whole]
+    with _explained(model):
+        if not whole.is_file() and index.is_file():
+            parts = json.loads(index.read_bytes())["weight_map"].values()
+            weights = [*sorted(folder / part for part in set(parts)), index]
+        elif not whole.is_file():
+            raise HealingError(
+                "it has no model.safetensors; pickled weights (pytorch_model.bin) can hold code: "
+                "convert them, by AutoModel.from_pretrained(...).save_pretrained(...), and save "
+                "the tokenizer beside them"
+            )
+        tokenizer = sorted(file for pattern in TOKENIZER for file in folder.glob(pattern))
+        for file in filter(Path.is_file, [folder / "config.json", *weights, *tokenizer]):
+            content = _sha256(file)
+            if not _as_downloaded(file, content):
+                raise HealingError(f"{file.resolve()} is damaged: delete it to have it anew")
+            hashed.update(f"{file.name} {content}\n".encode())
     return f"sha256:{hashed.hexdigest()[:20]}"
+
+
+def _as_downloaded(file: Path, sha256: str) -> bool:
+    """The hub's cache names files by their own hash, or git's."""
+    named = file.resolve().name
+    if re.fullmatch("[0-9a-f]{40}", named):
+        content = file.read_bytes()
+        return hashlib.sha1(b"blob %d\0%s" % (len(content), content)).hexdigest() == named
+    return named == sha256 or not re.fullmatch("[0-9a-f]{64}", named)
 
 
 def forget() -> None:

@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from healing_utils.base.errors import HealingError, choose
+from healing_utils.healing import encoders
 from healing_utils.healing.corruption import corrupt
-from healing_utils.healing.encoders import encoder_layers, layer_stack, parse_layers, pieces
+from healing_utils.healing.encoders import encoder_layers, layer_stack, pieces
 from healing_utils.healing.examples import Encoded
-from healing_utils.healing.training import Training, fine_tune, seeded
+from healing_utils.healing.models import seeded
+from healing_utils.healing.training import Training, fine_tune
 
 # Raised whenever a change makes the same recipe, `full` left out, give other numbers.
 NUMERICS = 1
@@ -269,9 +271,10 @@ def heal(
     HealingError for an unknown recipe, one that lacks what it needs or cannot be applied to this
     damage or model, and as `fine_tune` does."""
     chosen = RECIPES[choose(recipe, RECIPES, "recipe")]
-    corrupted = parse_layers(layers)
+    corrupted = encoders.parse_layers(layers)
     if corrupted is None:
         raise HealingError("layers names the corrupted layers: at least one is needed")
+    encoders.resolve_layers(len(encoder_layers(model)), layers=corrupted)  # they are there
     patient = Patient(model, corrupted, seed, pristine, teacher, tokenizer)
     for name in chosen.needs:
         if getattr(patient, name) is None:

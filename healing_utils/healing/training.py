@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.progress import Progress
 from healing_utils.healing import shortcuts
+from healing_utils.healing.encoders import parse_seed
 from healing_utils.healing.examples import Encoded as Encoded
 from healing_utils.healing.examples import as_encoded, batches_of, collate
 from healing_utils.healing.examples import encode as encode
 from healing_utils.healing.examples import position_limit as position_limit
+from healing_utils.healing.models import seeded
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
@@ -43,19 +45,6 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if device.type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Torch's random numbers from `seed` inside; the caller's generators untouched outside."""
-    cuda = device is not None and device.type == "cuda"
-    with torch.random.fork_rng([device] if cuda else []):
-        # Not torch.manual_seed: it seeds every GPU too.
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 @dataclass
@@ -131,9 +120,10 @@ def fine_tune(
             raise HealingError(f"{name} is {value}: must be above 0")
     if not 0 <= warmup <= 1:
         raise HealingError(f"warmup is {warmup}: must be a fraction of the steps, from 0 to 1")
-    train = as_encoded(train, model, tokenizer, max_length)
+    seed, own_loss = parse_seed(seed), objective is None
+    train = as_encoded(train, model, tokenizer, max_length, labelled=own_loss)
     if validation is not None:
-        validation = as_encoded(validation, model, tokenizer, max_length)
+        validation = as_encoded(validation, model, tokenizer, max_length, labelled=True)
     device = pick_device(device)
     precision = pick_precision(precision, device)
     cuda = device.type == "cuda"
@@ -302,7 +292,8 @@ def evaluate(model: nn.Module, data: Any, **settings: Any) -> dict[str, float]:
     """Score `model` on `data`: ``f1`` (macro), ``accuracy``, ``matthews``, ``loss``; of numbers
     ``spearman``, ``loss``; ``not_finite`` is the share of examples whose logits are not, if any.
     Settings are those of `predict`."""
-    data = as_encoded(data, model, settings.pop("tokenizer", None), settings.get("max_length", 128))
+    length = settings.get("max_length", 128)
+    data = as_encoded(data, model, settings.pop("tokenizer", None), length, labelled=True)
     return grade(predict(model, data, **settings), data.labels)
 
 

@@ -7,6 +7,7 @@ weights as one that was not, at the same number of threads.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import platform
@@ -148,13 +149,15 @@ def pretrain(
                 torch.save({"plan": plan, **states, "step": step + 1, "recent": recent}, content)
                 write_atomically(checkpoint, content.getvalue())
 
-    record = {
-        **plan, "loss": round(recent, 4), "parameters": sum(p.numel() for p in model.parameters()),
-        "python": platform.python_version(), "torch": torch.__version__.partition("+")[0],
-    }  # fmt: skip
     # The checkpoint goes last: a run that is killed while it saves comes back here.
     model.save_pretrained(out)
     words.save_pretrained(out)
+    weights = (Path(out) / "model.safetensors").read_bytes()
+    record = {
+        **plan, "loss": round(recent, 4), "parameters": sum(p.numel() for p in model.parameters()),
+        "python": platform.python_version(), "torch": torch.__version__.partition("+")[0],
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }  # fmt: skip
     write_atomically(Path(out) / "training.json", json.dumps(record, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     return record

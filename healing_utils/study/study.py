@@ -22,6 +22,7 @@ from healing_utils.base.paths import run_folder
 from healing_utils.base.progress import Progress
 from healing_utils.base.records import Store, canonical, read_json, set_aside, write_atomically
 from healing_utils.healing import models
+from healing_utils.healing.examples import reading_note
 from healing_utils.healing.training import Encoded, encode, pick_device
 from healing_utils.study import compute, linguistics, planning, pool
 from healing_utils.study.cells import ALL_STAGES, Cell
@@ -79,6 +80,9 @@ class Study:
                 f"task {name}: {what}, {len(data.pool) if size is None else size:,} training "
                 f"examples, {len(data.test):,} scored, metric {data.metric}"
             )
+            for model in p["model"]:
+                if note := reading_note(self.tokenizer(model), data.test.texts):
+                    lines.append(f"model {model} reads task {name} in {note}")
         if p["head"] != "first":
             lines.append(f"head: reads the {p['head']} over all tokens")
         for name, scan in p["scans"].items():

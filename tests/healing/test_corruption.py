@@ -31,6 +31,7 @@ STRENGTHS = {
     "noise": 0.5, "sign_flip": 0.9, "bits_float32": 0.1, "bits_bfloat16": 0.2, "quantise": 3,
     "prune": 0.5,
 }  # fmt: skip
+BAD_SEEDS = (-1, 0.5, None, True, "x", 2**64, 10**5000, "9" * 5000)
 REDRAWN = ("init", "reinit", "reinit_sqrt5")  # their values do not depend on those before
 
 
@@ -465,12 +466,13 @@ def test_the_report_reads_well_and_counts_what_is_not_finite():
         ({"part": "poler"}, "unknown part.*Did you mean 'pooler'"),
         ({"kind": "noise"}, "kind 'noise' needs a strength: standard deviation of the noise"),
         ({"kind": "noise", "strength": -1}, "strength -1 of noise must be from 0 up"),
-        ({"kind": "noise", "strength": math.nan}, "strength nan of noise must be"),
+        *(({"kind": "noise", "strength": x}, f"strength {x} of noise") for x in ("nan", "inf")),
+        ({"kind": "quantise", "strength": 2.5}, "2.5 of quantise must be .*, a whole number"),
         ({"kind": "prune", "strength": 1.5}, "must be from 0 to 1: share of a tensor's values"),
         ({"kind": "quantise", "strength": 1}, "must be from 2 to 16: bits a value"),
         ({"layers": [3]}, "layer 3 does not exist"),
         ({"strength": 0.5}, "kind 'reinit' has no strength"),
-        *(({"seed": seed}, "not a whole number") for seed in (-1, 0.5, None, True, "x")),
+        *(({"seed": seed}, "not a whole number") for seed in BAD_SEEDS),
     ],
 )
 def test_a_bad_plan_changes_nothing(plan, message):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, HEADS, LAYERS, WIDTH, tiny_batch, tiny_model
+from families import FAMILIES, HEADS, LAYERS, OTHERS, WIDTH, tiny_batch, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +34,24 @@ WEIGHTS = {
     "modernbert": "attn.Wqkv | attn.Wqkv | attn.Wqkv | attn.Wo | mlp.Wi mlp.Wo | "
     "attn_norm mlp_norm",
 }
-WEIGHTS["roberta"] = WEIGHTS["electra"] = WEIGHTS["bert"]
+# A fused projection is nobody's part; it stands with what beside it is attention's alone.
+WEIGHTS["deberta"] = f"! | ! | ! | attention.output.dense | {_OUTER}"
+WEIGHTS["squeezebert"] = (
+    "attention.query | attention.key | attention.value | post_attention.conv1d | "
+    "intermediate.conv1d output.conv1d | post_attention.layernorm output.layernorm"
+)
+for _family in ("roberta", "electra", "roformer", "rembert", "yoso", "mra"):
+    WEIGHTS[_family] = WEIGHTS["bert"]
+# What attention has beside these, and what turns ids into the first layer's input.
+FUSED = {"deberta": "in_proj pos_proj pos_q_proj", "xlnet": "r seg_embed", "modernbert": "Wqkv"}
+_TABLES = "word_embeddings position_embeddings LayerNorm"
+TABLES = {
+    "distilbert": _TABLES, "mpnet": _TABLES, "deberta": _TABLES, "xlnet": "word_embedding",
+    "deberta-v2": "word_embeddings LayerNorm", "modernbert": "tok_embeddings norm",
+    "roformer": "word_embeddings token_type_embeddings LayerNorm",
+    "electra": f"{_TABLES} token_type_embeddings embeddings_project",
+    "rembert": f"{_TABLES} token_type_embeddings embedding_hidden_mapping_in",
+}  # fmt: skip
 
 
 def layer_parameters(model):
@@ -71,17 +88,17 @@ def with_gadget(model):
     return model
 
 
-def decoder():
-    config = hf.BertConfig(**tiny_model("bert").config.to_diff_dict())
-    config.is_decoder = config.add_cross_attention = True
-    return hf.BertModel(config)
+def small(family, **given):
+    """Not an encoder."""
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 24, "max_position_embeddings": 40, **given}  # fmt: skip
+    return hf.AutoModel.from_config(getattr(hf, f"{family}Config")(**sizes))
 
 
-def bart():
-    sizes = {"vocab_size": 60, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2}
-    sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    return hf.BartModel(hf.BartConfig(**sizes))
+_SIDES = ("encoder", "decoder")
+BART = {f"{s}_{n}": v for s in _SIDES for n, v in (("ffn_dim", 24), ("layers", 2))}
+BART |= {f"{side}_attention_heads": 2 for side in _SIDES} | {"d_model": 16}
+CROSS = {"is_decoder": True, "add_cross_attention": True}
 
 
 @pytest.mark.parametrize(
@@ -92,24 +109,46 @@ def bart():
         (lambda: tied(tiny_model("bert")), r"layer\.0\.intermediate.*layer\.2\.intermediate"),
         (lambda: torch.nn.Linear(3, 3), "no stack of encoder layers"),
         (lambda: "bert-base-uncased", "expected a torch model, got str"),
-        (bart, r"several stacks.*encoder\.layers.*decoder\.layers"),
-        (lambda: hf.GPT2Model(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2)), "GPT2Model"),
-        (decoder, "cross-attention"),
+        (lambda: small("Bart", **BART), r"several stacks.*encoder\.layers.*decoder\.layers"),
+        (lambda: small("GPT2", n_embd=16, n_layer=2, n_head=2), "GPT2Model has no stack"),
+        (lambda: small("Bert", **CROSS), "cross-attention"),
         (lambda: with_gadget(tiny_model("bert")), r"cannot tell.*attention\.self\.gadget\.weight"),
+        *(
+            (lambda f=f, g=g: small(f, **g), f"{f}Model is a decoder, whose tokens see only earl")
+            for f, g in {
+                "Llama": {}, "Qwen2": {"num_key_value_heads": 2}, "OPT": {"ffn_dim": 24},
+                "GPTNeoX": {}, "Bloom": {}, "Bert": {"is_decoder": True},
+            }.items()
+        ),
     ],
-)
+)  # fmt: skip
 def test_models_without_one_encoder_are_refused_with_the_reason(made, message):
     with pytest.raises(HealingError, match=message):
         encoder_layers(made())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def weights(model, part, layers=None):
+    found = [p.name for p in pieces(model, part, layers) if not p.is_bias]
+    return [name.removesuffix(".weight") for name in found]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_parts_hold_what_the_architecture_says_and_make_up_a_layer(family):
     model = tiny_model(family)
+    tables = TABLES.get(family, f"{_TABLES} token_type_embeddings").split()
+    assert sorted(name.split(".")[-1] for name in weights(model, "embeddings")) == sorted(tables)
     for index in (1, 2):
+        attention = {f"layer.{index}.{name}" for name in FUSED.get(family, "").split()}
         for part, names in zip(PART_NAMES, WEIGHTS[family].split(" | "), strict=True):
-            found = [p.path for p in pieces(model, part, [index]) if not p.is_bias]
-            assert [path.removesuffix(".weight") for path in found] == names.split(), part
+            if names == "!":
+                with pytest.raises(HealingError, match="cannot be divided: use part 'attention'"):
+                    pieces(model, part, [index])
+                continue
+            wanted = [f"layer.{index}.{name}" for name in names.split()]
+            assert weights(model, part, [index]) == wanted, part
+            attention |= set(wanted) if part in PART_NAMES[:4] else set()
+        found = weights(model, "attention", [index])
+        assert {n.split(".")[-1] for n in found} == {n.split(".")[-1] for n in attention}
         whole = pieces(model, "all", [index])
         parts = ("attention", "feed_forward", "layernorm")
         thirds = [piece.path for part in parts for piece in pieces(model, part, [index])]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, tiny_batch
+from families import FAMILIES, LAYERS, OTHERS, tiny_batch
 from helpers import random_examples
 from test_training import QUIET, classifier
 
@@ -17,6 +17,7 @@ from healing_utils.healing.corruption import corrupt
 from healing_utils.healing.encoders import encoder_layers, pieces
 from healing_utils.healing.models import MeanPooled
 from healing_utils.healing.recipes import RECIPES, heal
+from healing_utils.healing.similarity import layer_similarity
 
 TOKENIZER = SimpleNamespace(mask_token_id=4, all_special_ids=[0, 1, 2, 3, 4])
 BROKEN = (0, 1)
@@ -60,7 +61,10 @@ def of_layers(model, layers):
 
 
 # Where a family cannot take a recipe, it says so.
-REFUSED = {("xlnet", "mlm_warm_up"): "has no masked language model beside it"}
+REFUSED = {
+    ("xlnet", "mlm_warm_up"): "has no masked language model beside it",
+    ("squeezebert", "low_rank"): "has no linear layers: nothing to adapt",
+}
 
 
 def pooled(family):
@@ -105,6 +109,23 @@ def test_every_recipe_heals_every_family_under_either_head_or_refuses(family, ma
     assert abs(tokens - whole) <= 8 * data(family).lengths.max()
     pairs = zip(*(m.parameters() for m in models), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_layers_that_cannot_take_a_shortcut_heal_without_it(family):
+    """Many answer in tuples, and look like BERT's until they are computed."""
+    for recipe in sorted(RECIPES):
+        model = broken(family)
+        given = {"train": data(count=8), "epochs": 1, "validation": data(count=4)}
+        if message := REFUSED.get((family, recipe)):
+            with pytest.raises(HealingError, match=message):
+                healed(recipe, family, model, **given)
+            continue
+        found = healed(recipe, family, model, **given)[1]
+        assert found.training.steps and found.training.shortcut in ("nothing", "all tokens")
+        assert not any("forward" in vars(module) for module in model.modules())
+    alike = layer_similarity(classifier(family), classifier(family), data(count=4))
+    assert alike["cka"] == pytest.approx([1] * (LAYERS + 1))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "xlnet", "modernbert"])
@@ -228,7 +249,9 @@ def test_a_warm_up_learns_to_fill_in_what_is_masked():
     ("recipe", "changes", "message"),
     [
         ("ful", {}, "unknown recipe 'ful'.*Did you mean 'full'"),
-        ("full", {"layers": None}, "at least one"),
+        *(("full", {"layers": none}, "at least one") for none in (None, "none")),
+        *(("drop", {"layers": wrong}, "layer 99 does not") for wrong in ([0, 99], "[99]")),
+        ("full", {"seed": 2**64}, "seed is not a whole number"),
         ("matched_redraw", {"pristine": None}, "'matched_redraw' needs pristine"),
         ("distillation", {"teacher": None}, "'distillation' needs teacher"),
         ("mlm_warm_up", {"tokenizer": None}, "'mlm_warm_up' needs tokenizer"),

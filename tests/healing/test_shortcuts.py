@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-import transformers
 from families import FAMILIES, tiny_config
 from helpers import random_examples
 from test_training import QUIET, classifier, identical, largest_difference, weights
@@ -173,22 +172,6 @@ def test_a_layer_that_only_looks_like_berts_is_left_alone():
     with first_token_layers(model, examples) as used:
         assert used == "nothing"
         assert torch.equal(model(**examples).logits, wanted)
-
-
-@pytest.mark.parametrize("config", ["RoFormerConfig", "RemBertConfig", "YosoConfig", "MraConfig"])
-def test_layers_that_cannot_take_a_shortcut_are_trained_without_it(config):
-    """They answer in tuples, and look like BERT's until they are computed."""
-    sizes = {
-        "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 24, "max_position_embeddings": 64, "num_labels": 2,
-    }  # fmt: skip
-    made = getattr(transformers, config)(**sizes)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForSequenceClassification.from_config(made)
-    done = fine_tune(model, random_examples(16), epochs=1, batch_size=8, **QUIET)
-    assert done.steps == 2 and done.shortcut in ("nothing", "all tokens", "first token")
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_an_adapter_around_a_product_is_not_passed_over():
