@@ -111,7 +111,7 @@ def plain(cells: pd.DataFrame, most: Sequence[str]) -> pd.DataFrame:
     chosen = cells[(cells["start"] == "pre-trained") & (cells["recipe"] == "full")]
     kept = []
     for _, part in groups(chosen, ["model", "task", "state"]):
-        found = part.groupby(BUDGET, sort=False, dropna=False)
+        found = part.groupby(BUDGET, sort=False)
         sizes = {key: (len(g.drop_duplicates(list(most))), g["usual"].all()) for key, g in found}
         kept.append(found.get_group(max(sizes, key=sizes.get)))
     return pd.concat(kept).sort_index() if kept else chosen
