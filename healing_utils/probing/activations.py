@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,13 @@ from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.progress import Progress
 from healing_utils.healing.shortcuts import keep_freed_memory
 from healing_utils.healing.training import collate, encode, pick_device
-from healing_utils.probing.alignment import UNLIMITED, Aligned, align, max_positions
+from healing_utils.probing.alignment import (
+    UNLIMITED,
+    Aligned,
+    align,
+    lists_of_text,
+    max_positions,
+)
 
 AGGREGATIONS = ("first", "last", "mean")
 POOLINGS = ("first", "mean")
@@ -51,7 +57,7 @@ def compact_activations(
     *, memory: int = 2**29, device: str | torch.device | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:  # fmt: skip
     """As `extract_activations`, in float16, and how many sentences were `windowed` and how many
-    words `unknown` to the tokenizer.
+    words `unknown` to the tokenizer, in part at least.
 
     Where a value is beyond float16's range (65,504) the whole array is made anew in float32, which
     is said. An array of more than `memory` bytes is a map of an unnamed file in the folder for
@@ -73,16 +79,23 @@ def sentence_activations(
     ``first`` takes the classification token, wherever the tokenizer puts it (XLNet's comes last);
     ``mean`` averages over all tokens but padding. Texts longer than `max_length` tokens, by default
     the model's positions, are cut, and a warning says how many. Raises HealingError for an unknown
-    pooling and where there is no classification token.
+    pooling, for what is neither texts nor pairs, and where there is no classification token.
     """
     choose(pooling, POOLINGS, "pooling")
+    many = isinstance(texts, Iterable) and not isinstance(texts, str)
+    given = [[t] if isinstance(t, str) else t for t in texts] if many else [texts]
+    given = lists_of_text(given, "texts", "a list of texts, or of pairs")
+    if set(map(len, given)) not in ({1}, {2}):
+        raise HealingError("need texts, or pairs of texts: at least one, and all of a kind")
+    if max_length is not None and max_length < 1:
+        raise HealingError(f"max_length is {max_length}: need at least 1")
     with _reading(model, device) as base:
         limit = min(max_positions(base, tokenizer) or UNLIMITED, max_length or UNLIMITED)
-        encoded = encode(tokenizer, texts, [0] * len(texts), limit)
+        encoded = encode(tokenizer, given, [0] * len(given), limit)
         if encoded.truncated:
-            said = f"{encoded.truncated} of {len(texts)} texts were cut to {limit} tokens"
+            said = f"{encoded.truncated} of {len(given)} texts were cut to {limit} tokens"
             warnings.warn(said, stacklevel=2)
-        counts, one = encoded.lengths, np.arange(len(texts))  # a text is read as a single word
+        counts, one = encoded.lengths, np.arange(len(given))  # a text is read as a single word
         starts = np.zeros_like(counts)
         if pooling == "first":
             special, own = tokenizer("")["input_ids"], tokenizer.cls_token_id
@@ -100,8 +113,9 @@ def sentence_activations(
 def _reading(model: nn.Module, device: str | torch.device | None) -> Iterator[nn.Module]:
     """The encoder without its head, inside the block in evaluation mode."""
     base = getattr(model, "base_model", model)
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise HealingError(f"{type(base).__name__} is an encoder with a decoder: need an encoder")
+    config = getattr(base, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        raise HealingError(f"need a model that is an encoder alone, got {type(base).__name__}")
     device = pick_device(device)
     base.to(device)
     if device.type == "cpu":
@@ -123,9 +137,12 @@ def _states(
     `compact_activations` keeps them."""
     choose(aggregation, AGGREGATIONS, "aggregation")
     there = range(base.config.num_hidden_layers + 1)
-    layers = list(there) if layers is None else list(layers)
-    if not layers or any(layer not in there for layer in layers):
+    layers = list(there) if layers is None else np.ravel(layers).tolist()
+    if not layers or any(type(layer) is not int or layer not in there for layer in layers):
         raise HealingError(f"layers {layers}: need some of 0 (the embeddings) to {there[-1]}")
+    largest, known = max(map(max, aligned.windows.ids)), base.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise HealingError(f"the tokenizer is not the model's: token {largest} of {known}")
     shape = len(layers), aligned.words, base.config.hidden_size
     if max_tokens is None:
         max_tokens = TOKENS_CPU if base.device.type == "cpu" else TOKENS_GPU

@@ -6,7 +6,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from healing_utils.base.errors import HealingError
 from healing_utils.healing.training import Encoded, position_limit
 
 UNLIMITED = 2**31 - 1  # tokens: transformers' own sign for "no limit" overflows the tokenizers'
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # tokenizers cannot encode what holds one
 
 
 @dataclass(frozen=True)
@@ -30,31 +31,27 @@ class Aligned:
     counts: list[np.ndarray]  # and how many they are
     words: int
     windowed: int = 0  # sentences in several windows
-    unknown: int = 0  # words without any subword: they get the tokenizer's unknown token
+    unknown: int = 0  # words that the tokenizer knows nothing of, or not all
 
 
 def max_positions(model: nn.Module, tokenizer: Any) -> int | None:
     """The most tokens, special ones included, that both read at once; None for any number."""
-    limits = [position_limit(model), tokenizer.model_max_length]
+    limits = [position_limit(model), getattr(tokenizer, "model_max_length", None)]
     return min((n for n in limits if n and n < UNLIMITED), default=None)
 
 
 def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None = None) -> Aligned:
     """Tokenise sentences that are already split into words, each word as inside a running text:
     byte-level BPE (RoBERTa, ModernBERT) sees a space before it. A sentence longer than `limit`, the
-    model's positions, is read in overlapping windows. Raises HealingError for a tokenizer without
-    word numbers, for input that is not lists of words, and for a word longer than a window."""
+    model's positions, is read in overlapping windows; a word without any subword is the unknown
+    token. Raises HealingError for a tokenizer without word numbers, for input that is not lists of
+    words, and for a word longer than a window."""
     if not getattr(tokenizer, "is_fast", False) or tokenizer.unk_token is None:
         raise HealingError(
             f"tokenizer {type(tokenizer).__name__} does not say which word a subword belongs to; "
             "need a fast one (transformers.PreTrainedTokenizerFast) with an unknown token"
         )
-    for number, sentence in enumerate(sentences):
-        if isinstance(sentence, str):
-            raise HealingError("sentences must be lists of words, not text: split them into words")
-        for word in sentence:
-            if not isinstance(word, str):
-                raise HealingError(f"sentences[{number}] holds {word!r}, which is not a word")
+    sentences = lists_of_text(sentences, "sentences", "lists of words")
     if not any(map(len, sentences)):
         raise HealingError("there are no words to extract: every sentence is empty")
     backend = tokenizer.backend_tokenizer
@@ -63,7 +60,7 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None 
     try:
         if splitter is not None:
             backend.pre_tokenizer = _spaced(splitter)
-        encodings = read([list(s) for s in sentences], add_special_tokens=False).encodings
+        encodings = read(sentences, add_special_tokens=False).encodings
         around = read([tokenizer.unk_token]).encodings[0]  # one word and the special tokens
     finally:
         if splitter is not None:
@@ -73,16 +70,15 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None 
     budget = (limit or UNLIMITED) - prefix - len(around.ids[stop:])
     found, words, windowed, unknown = [], 0, 0, 0
     for number, (sentence, encoding) in enumerate(zip(sentences, encodings, strict=True)):
-        if not len(sentence):
+        if not sentence:
             continue
-        tokens, numbers = encoding.ids, np.asarray(encoding.word_ids, dtype=np.int64)
+        tokens, numbers = (np.array(a, dtype=np.int64) for a in (encoding.ids, encoding.word_ids))
         count = np.bincount(numbers, minlength=len(sentence))  # subwords a word
         missing = np.flatnonzero(count == 0)
-        if len(missing):
-            places = np.searchsorted(numbers, missing)
-            tokens = np.insert(tokens, places, tokenizer.unk_token_id).astype(int).tolist()
-            count[missing] = 1
-            unknown += len(missing)
+        places = np.searchsorted(numbers, missing)
+        unknown += len(missing) + len(set(numbers[tokens == tokenizer.unk_token_id]))
+        tokens = np.insert(tokens, places, tokenizer.unk_token_id).tolist()
+        count[missing] = 1
         if count.max() > budget:
             word = int(count.argmax())
             raise HealingError(
@@ -111,6 +107,19 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None 
     labels = np.zeros(len(ids), dtype=np.int64)  # not used: what is encoded here has no label
     encoded = Encoded(ids, types if use_types else None, labels, pad)
     return Aligned(encoded, np.array(before), rows, starts, counts, words, windowed, unknown)
+
+
+def lists_of_text(values: Any, what: str, need: str) -> list[list[str]]:
+    """`values`, of which HealingError says what is not as they must be."""
+    found = []
+    for number, value in enumerate(values if isinstance(values, Iterable) else [values]):
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise HealingError(f"{what} must be {need}: {what}[{number}] is {value!r:.40}")
+        found.append(list(value))
+        for word in found[-1]:
+            if not isinstance(word, str) or HALF_A_CHARACTER.search(word):
+                raise HealingError(f"{what}[{number}] holds {word!r:.40}, which is no text")
+    return found
 
 
 def _spaced(splitter: Any) -> Any:

@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import softmax
 
-from healing_utils.probing.probes import Words, column, fit_probes, labelled
+from healing_utils.base.errors import HealingError
+from healing_utils.probing.probes import Words, column, fit_probes, labelled, shuffled
 
 FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 # Inverse variances of the weights. Parts of speech ask for 5 to 40 of MiniLM-L6, shuffled labels
@@ -49,7 +50,9 @@ def online_codelength(
     """
     words = labelled(activations, labels)
     names, group = np.unique(column(groups, len(words.ids), "groups"), return_inverse=True)
-    place = np.argsort(np.random.default_rng(seed).permutation(names))
+    if len(names) < 2:
+        raise HealingError("1 group (sentence): need at least 2, one to learn from")
+    place = np.argsort(shuffled(len(names), seed))
     order = np.argsort(place[group], kind="stable")
     words, ends = words.at(order), block_ends(group[order])
     uniform, rows = np.log2(len(words.names)), []
@@ -64,16 +67,14 @@ def online_codelength(
 def _block(words: Words, layer: int, sent: int, end: int, device: Any) -> np.ndarray:
     """Bits of the words from `sent` to `end`, when those before are known: one for each prior."""
     before, block, classes = words.at(slice(sent)), words.at(slice(sent, end)), len(words.names)
-    seen, known = np.unique(before.ids, return_inverse=True)
     said = np.zeros((len(PRECISIONS), len(block.ids), classes))
-    if len(seen) == 1:
-        said[..., seen] = 1
+    if (before.ids == before.ids[0]).all():
+        said[..., before.ids[0]] = 1
     else:
         priors = [(0.0, precision / sent) for precision in PRECISIONS]
-        probes = fit_probes(
-            before.features(layer), known, len(seen), priors, tolerance=TOLERANCE, device=device
-        )
+        x = before.features(layer)
+        probes = fit_probes(x, before.ids, priors, tolerance=TOLERANCE, device=device)
         scores = probes.scores(block.features(layer)).numpy()
-        said[..., seen] = softmax(scores.astype(float), axis=-1)
+        said[..., probes.names] = softmax(scores.astype(float), axis=-1)
     mixed = (sent * said + 1) / (sent + classes)
     return -np.log2(mixed[:, np.arange(len(block.ids)), block.ids]).sum(axis=1)

@@ -21,7 +21,7 @@ from torch import nn
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.healing.encoders import layer_stack
 from healing_utils.healing.training import evaluate
-from healing_utils.probing.probes import Probes, Words, column, fit_probes, held_out, labelled
+from healing_utils.probing.probes import Probes, Words, fit_probes, held_out, labelled, shuffled
 
 Neuron = tuple[int, int]
 
@@ -34,9 +34,16 @@ L1, L2 = 1e-3, 1e-2  # with the ridge ten times the lasso probes converge severa
 TOLERANCE = 1e-4
 
 
-def _all_of(words: Words) -> list[Neuron]:
-    layers, _, hidden = words.activations.shape
-    return [(layer, unit) for layer in range(layers) for unit in range(hidden)]
+def there(neurons: Iterable[Neuron], layers: int, hidden: int) -> list[Neuron]:
+    """`neurons`, ascending; HealingError where one is in none of so many layers, or comes twice."""
+    left = set(np.ndindex(layers, hidden))
+    named = [tuple(np.ravel(neuron).tolist()) for neuron in neurons]
+    for neuron in named:
+        if neuron not in left:
+            known = f"layers 0 (the embeddings) to {layers - 1}, units 0 to {hidden - 1}"
+            raise HealingError(f"there is no neuron {neuron}, or it is named twice: {known}")
+        left.remove(neuron)
+    return sorted(named)
 
 
 def _features(words: Words, neurons: Sequence[Neuron]) -> torch.Tensor:
@@ -50,9 +57,7 @@ def _features(words: Words, neurons: Sequence[Neuron]) -> torch.Tensor:
 
 
 def _fit(words: Words, neurons: Sequence[Neuron], fitting: dict[str, Any]) -> Probes:
-    # A split may hold no word of a class, whose free bias would have no optimum.
-    present, dense = np.unique(words.ids, return_inverse=True)
-    return fit_probes(_features(words, neurons), dense, len(present), **fitting)
+    return fit_probes(_features(words, neurons), words.ids, **fitting)
 
 
 def _accuracy(
@@ -65,7 +70,7 @@ def _accuracy(
     neurons = sorted(neurons)  # so that a set has one accuracy, however it was ranked
     probe = probe or _fit(train, neurons, fitting)
     answers = probe.scores(_features(test, neurons))[0].argmax(dim=-1).numpy()
-    return float(np.mean(np.unique(train.ids)[answers] == test.ids))
+    return float(np.mean(probe.names[answers] == test.ids))
 
 
 def rank_neurons(
@@ -89,7 +94,7 @@ def rank_neurons(
     Raises HealingError for shapes that do not match, values that are not finite, fewer than two
     classes and a label outside `classes`.
     """
-    words = labelled(np.asanyarray(activations), labels, classes=classes)
+    words = labelled(activations, labels, classes=classes)
     return _rank(words, method, seed, {"penalties": [(l1, l2)], "device": device, **fitting})
 
 
@@ -98,7 +103,7 @@ def _rank(
 ) -> list[Neuron]:
     """`rank_neurons`, with the probe over all of them where there is one."""
     choose(method, METHODS, "ranking method")
-    neurons = _all_of(words)
+    neurons = words.neurons()
     if method == "lca":
         probe = probe or _fit(words, neurons, {"tolerance": TOLERANCE, **fitting})
         order = rank_weights(probe.weight[0].cpu(), seed=seed)
@@ -129,8 +134,7 @@ def rank_weights(weight: np.ndarray, seed: int = 0) -> np.ndarray:
         enters = np.minimum(enters, heavier[np.searchsorted(values, own)])
         largest = np.maximum(largest, own / held[0])
     zero = ~weight.any(axis=0)
-    shuffled = np.random.default_rng(seed).permutation(features)
-    last = np.where(zero, shuffled, np.arange(features))
+    last = np.where(zero, shuffled(features, seed), np.arange(features))
     return np.lexsort((last, -largest, enters, zero))
 
 
@@ -185,18 +189,16 @@ def ranking_agreement(
     ``spearman`` over all neurons (the random order of those that an elastic net sets to zero draws
     it towards 0) and for every k of `sizes` ``overlap_k``, the share of one's top k in the other's
     (chance: k / neurons)."""
-    from scipy.stats import spearmanr
-
-    one, common = next((name, sorted(ranking)) for name, ranking in rankings.items())
-    places = {}
+    common, places, rows = None, {}, []
     for name, ranking in rankings.items():
+        common = common or sorted(ranking)
         if sorted(ranking) != common:
-            raise HealingError(f"ranking {name!r} does not hold each neuron of {one!r} once")
+            raise HealingError(f"ranking {name!r} does not hold each neuron of the first once")
         at = {neuron: i for i, neuron in enumerate(ranking)}
         places[name] = np.array([at[neuron] for neuron in common])
-    rows = []
     for (first, a), (second, b) in combinations(places.items(), 2):
-        row = {"first": first, "second": second, "spearman": float(spearmanr(a, b).statistic)}
+        # Places are their own ranks.
+        row = {"first": first, "second": second, "spearman": float(np.corrcoef(a, b)[0, 1])}
         for k in sizes:
             if 0 < k < len(common):
                 row[f"overlap_{k}"] = float(((a < k) & (b < k)).sum() / k)
@@ -237,17 +239,17 @@ def minimal_neurons(
     on test, where an unknown label counts as an error. Raises HealingError as `rank_neurons` does,
     and where there is nothing to hold out.
     """
-    words = labelled(np.asanyarray(activations), labels)
-    test = labelled(np.asanyarray(test_activations), test_labels, words)
+    words = labelled(activations, labels)
+    test = labelled(test_activations, test_labels, words)
     if not 0 <= delta < 1:
         raise HealingError(f"delta {delta!r} is not an accuracy to lose: from 0 to below 1")
-    held = held_out(column(groups, len(words.ids), "groups"), dev_share, seed)
+    held = held_out(groups, len(words.ids), dev_share, seed)
     inner, dev = words.at(~held), words.at(held)
     if len(np.unique(inner.ids)) < 2:
         raise HealingError("what is left to train on after holding out words has one label only")
     fitting = {"penalties": [(l1, l2)], "device": device, **fitting}
-    probe = _fit(inner, _all_of(words), {"tolerance": TOLERANCE, **fitting})
-    full = _accuracy(inner, dev, _all_of(words), fitting, probe)
+    probe = _fit(inner, words.neurons(), {"tolerance": TOLERANCE, **fitting})
+    full = _accuracy(inner, dev, words.neurons(), fitting, probe)
     ranking = _rank(inner, method, seed, fitting, probe)
     searched = {len(ranking): full}
 
@@ -278,8 +280,9 @@ def accuracy_curve(
 ) -> pd.DataFrame:  # fmt: skip
     """Test accuracy of a probe retrained on k neurons, ``k which accuracy``: the first, the last,
     and k at random, as `by_size` takes them."""
-    words = labelled(np.asanyarray(activations), labels)
-    test = labelled(np.asanyarray(test_activations), test_labels, words)
+    words = labelled(activations, labels)
+    test = labelled(test_activations, test_labels, words)
+    there(ranking, *words.activations.shape[::2])
     fitting = {"penalties": [(L1, L2)], **fitting}
 
     @functools.cache  # all neurons are one probe, whichever way taken
@@ -296,12 +299,11 @@ def by_size(
     """The `scores` of the first, the last and k random neurons, a row ``k which`` each. The random
     ones hang on `seed` only, and those of a smaller k are among those of a larger one."""
     ranking, common, rows = list(ranking), sorted(ranking), []
-    order = np.random.default_rng(seed).permutation(len(ranking))
-    shuffled = [common[place] for place in order]
+    drawn = [common[place] for place in shuffled(len(ranking), seed)]
     for k in sizes:
-        if not 0 <= k <= len(ranking):
+        if k not in range(len(ranking) + 1):
             raise HealingError(f"cannot take {k} of {len(ranking)} ranked neurons")
-        taken = ranking[:k], shuffled[:k], ranking[len(ranking) - k :]
+        taken = ranking[:k], drawn[:k], ranking[len(ranking) - k :]
         for which, neurons in zip(WHICH, taken, strict=True):
             rows.append({"k": k, "which": which, **scores(neurons)})
     return pd.DataFrame(rows)
@@ -330,14 +332,10 @@ def ablate(
     stack = layer_stack(model)
     shape = (len(stack) + 1, model.config.hidden_size)
     values = np.zeros(shape, np.float32) if values is None else np.asarray(values, np.float32)
-    if values.shape != shape:
-        raise HealingError(f"values to ablate to have shape {values.shape}; need {shape}")
-    places = np.asarray(list(neurons), dtype=np.int64).reshape(-1, 2)
-    for layer, unit in places[((places < 0) | (places >= shape)).any(axis=1)].tolist():
-        there = f"layers 0 (the embeddings) to {len(stack)}, units 0 to {shape[1] - 1}"
-        raise HealingError(f"there is no neuron {(layer, unit)}: {there}")
-    if len(np.unique(places, axis=0)) < len(places):
-        raise HealingError("a neuron is named twice")
+    if values.shape != shape or not np.isfinite(values).all():
+        said = f"values to ablate to must be {shape} finite numbers"
+        raise HealingError(f"{said}, not of shape {values.shape}")
+    places = np.array(there(neurons, *shape), dtype=np.int64).reshape(-1, 2)
     # What gives the last state: the holder of the stack, with a final norm of its own (ModernBERT),
     # or (RoBERTa-PreLayerNorm) a norm of the model behind it.
     base = getattr(model, "base_model", model)

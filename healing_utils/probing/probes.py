@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,9 @@ class Words:
     names: np.ndarray
     ids: np.ndarray
 
+    def neurons(self) -> list[tuple[int, int]]:
+        return list(np.ndindex(*self.activations.shape[::2]))
+
     def at(self, places: np.ndarray | slice) -> Words:
         """Some of the words, in that order; of a memory map nothing is read."""
         own = {name: getattr(self, name)[places] for name in ("rows", "labels", "ids")}
@@ -52,11 +56,11 @@ class Words:
     def features(self, layer: int, units: np.ndarray | None = None) -> torch.Tensor:
         """A layer's, or some of its units': float32 (words, features), in memory of their own."""
         x = self.activations[layer]
+        if torch.is_tensor(x):
+            x = x.detach().to("cpu", torch.float32).numpy()
         if units is not None:
             x = np.take(x, units, axis=1)  # several times as fast as rows and units at once
-        x = x[self.rows]
-        x = x if torch.is_tensor(x) else torch.from_numpy(np.asarray(x, dtype=np.float32))
-        x = x.detach().to("cpu", torch.float32)
+        x = torch.from_numpy(np.asarray(x[self.rows], dtype=np.float32))
         if not torch.isfinite(x.sum()):
             raise HealingError(f"{self.what}activations of layer {layer} hold values not finite")
         return x
@@ -73,7 +77,9 @@ def labelled(
         need = f"({like[0]}, words, {like[2]})" if like else "(layers, words, features)"
         got = shape or type(activations).__name__
         raise HealingError(f"{what}activations must be an array {need}, got {got}")
-    labels = column(labels, shape[1], f"{what}labels")
+    if getattr(activations.dtype, "kind", "f") not in "biuf":  # torch's types have none
+        raise HealingError(f"{what}activations must be numbers, got {activations.dtype}")
+    labels = column([] if labels is None else labels, shape[1], f"{what}labels")
     if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels):
         labels = labels.astype(str)
     if labels.dtype.kind not in "biuU":
@@ -95,21 +101,34 @@ def labelled(
 
 def column(values: Any, words: int, what: str) -> np.ndarray:
     """`values` as an array (words,); every word its own value where it is None."""
-    values = np.arange(words) if values is None else np.asarray(values)
+    values = np.arange(words) if values is None else values
+    try:
+        values = np.asarray(values)
+    except ValueError:  # lists of unequal lengths
+        values = np.empty(0)
     if values.shape != (words,):
         raise HealingError(f"{what} must be one value a word: {words}, got {values.size}")
+    if pd.isna(values).any():
+        raise HealingError(f"{what} lack the value of word {pd.isna(values).argmax()}")
     return values
 
 
-def held_out(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """0 to `count` in the order that `seed` draws."""
+    try:
+        return np.random.default_rng(operator.index(seed)).permutation(count)
+    except (TypeError, ValueError):
+        raise HealingError(f"seed {seed!r} is not a whole number from 0 up") from None
+
+
+def held_out(groups: Any, words: int, share: float, seed: int) -> np.ndarray:
     """Which words are held out, (words,): whole groups, about that share of them, at least one."""
-    names, index = np.unique(groups, return_inverse=True)
+    names, index = np.unique(column(groups, words, "groups"), return_inverse=True)
     if len(names) < 2 or not 0 < share < 1:
         said = f"cannot hold out {share!r} of {len(names)} groups (sentences)"
         raise HealingError(f"{said}: need at least 2 and a share between 0 and 1")
     count = min(max(round(share * len(names)), 1), len(names) - 1)
-    chosen = np.random.default_rng(seed).permutation(len(names))[:count]
-    return np.isin(index, chosen)
+    return np.isin(index, shuffled(len(names), seed)[:count])
 
 
 def control_labels(words: Iterable[str], frequencies: Sequence[float], seed: int = 0) -> np.ndarray:
@@ -126,9 +145,10 @@ def control_labels(words: Iterable[str], frequencies: Sequence[float], seed: int
 
 @dataclass
 class Probes(Solution):
-    """Probes of one layer, whose weights act on ``(x - mean) / scale``, each (features,): the scale
-    is the standard deviation over the training words, 1 where a feature is constant."""
+    """Probes of one layer for the classes `names`. Weights act on ``(x - mean) / scale``: mean and
+    standard deviation over the training words, (features,), 1 of a feature that is constant."""
 
+    names: np.ndarray
     mean: torch.Tensor
     scale: torch.Tensor
 
@@ -140,17 +160,20 @@ class Probes(Solution):
 
 
 def fit_probes(
-    x: torch.Tensor, y: Any, classes: int, penalties: Sequence[Penalty], *, tolerance: float = 1e-3,
+    x: torch.Tensor, y: Any, penalties: Sequence[Penalty], *, tolerance: float = 1e-3,
     max_iterations: int = 5000, device: Any = None, start: Probes | None = None,
 ) -> Probes:  # fmt: skip
-    """One probe a penalty, to class ids `y` (words,), on float32 `x` (words, features), which is
+    """One probe a penalty, to labels `y` (words,), on float32 `x` (words, features), which is
     standardised in place. Those of the layer before are a `start` that takes fewer iterations."""
     x, mean, scale = _standardised(x, pick_device(device))
+    # Of what does occur: without any word a class's free bias would have no optimum.
+    names, ids = np.unique(y, return_inverse=True)
     pairs = torch.tensor([_penalty(penalty) for penalty in penalties], device=x.device)
-    targets = torch.as_tensor(y, device=x.device).expand(len(pairs), -1)
+    targets = torch.from_numpy(ids).to(x.device).expand(len(pairs), -1)
     begin = start and (start.weight, start.bias)
-    given = Problems([measured(x)], [0] * len(pairs), targets, pairs, classes, begin)
-    return Probes(**vars(solve(given, tolerance, max_iterations)), mean=mean, scale=scale)
+    given = Problems([measured(x)], [0] * len(pairs), targets, pairs, len(names), begin)
+    found = solve(given, tolerance, max_iterations)
+    return Probes(**vars(found), names=names, mean=mean, scale=scale)
 
 
 def _standardised(
@@ -166,6 +189,8 @@ def _standardised(
     for some in x.split(max(1, BLOCK // x.shape[1])):  # a tenth of torch.var's time
         variance += some.square().sum(dim=0) / len(x)
     scale = variance.sqrt()
+    if not torch.isfinite(scale).all():
+        raise HealingError("activations are too large: their squares are not finite in float32")
     # A constant has a standard deviation of some rounding errors. What float16 cannot tell from
     # zero counts as constant too (MiniLM-L6's last layer has two features of about 1e-32).
     constant = (scale <= 1e-6 * mean.abs()) | (scale < 6e-8)
@@ -263,11 +288,11 @@ def probe_layers(
         raise HealingError("control tasks need both words and test_words; got only one of them")
     # Strongest first: each solution starts from the one before.
     path = sorted({_penalty(p) for p in penalties}, key=lambda p: (-sum(p), -p[0]))
-    if not path or not tolerance > 0:
-        raise HealingError(f"need at least one penalty and a tolerance above 0, got {tolerance}")
+    if not path:
+        raise HealingError("need at least one penalty")
     order, fit = np.arange(n_train), n_train
     if len(path) > 1:
-        held = held_out(column(groups, n_train, "groups"), dev, seed)
+        held = held_out(groups, n_train, dev, seed)
         order, fit = np.argsort(held, kind="stable"), int((~held).sum())
     device = pick_device(device)
     counts, targets, control = np.bincount(train.ids), [train.ids], float("nan")
@@ -288,7 +313,7 @@ def probe_layers(
             for layer, (_, mean, scale) in zip(block, ready, strict=True):
                 p = (layer - first) * len(targets)  # the labels' probe, then the control task's
                 own = {name: each[p : p + len(targets)] for name, each in vars(found).items()}
-                probes = Probes(**own, mean=mean, scale=scale)
+                probes = Probes(**own, names=names, mean=mean, scale=scale)
                 answers = probes.scores(test.features(layer)).argmax(dim=-1)
                 said = names[answers[0].numpy()]
                 accuracy = float((said == test.labels).mean())

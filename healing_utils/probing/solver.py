@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import torch
 
+from healing_utils.base.errors import HealingError
+
 CHECK = 3  # iterations between looks at the stopping rule: each waits for the device
 CURVATURE_UP, CURVATURE_DOWN = 1.5, 0.98
 TOGETHER = 1 << 22  # activations and scores that a CPU keeps in its caches between two passes
@@ -83,6 +85,8 @@ def measured(x: torch.Tensor) -> Layer:
 def solve(given: Problems, tolerance: float, max_iterations: int) -> Solution:
     """Minimise each problem's objective to a relative gap of `tolerance`. A CPU solves together the
     layers that it keeps in its caches, a GPU all of them."""
+    if not tolerance > 0 or max_iterations < 1:
+        raise HealingError("need a tolerance above 0 and max_iterations of at least 1")
     problems, words = given.targets.shape
     runs = [rows for _, rows in _runs(given.layer)]
     group = len(runs)

@@ -120,6 +120,9 @@ def test_a_word_without_any_subword_and_an_empty_sentence_move_no_rows(kind):
     odd = "\u200d" if kind == "wordpiece" else ""
     got = align(tokenizer, [["cat", odd, "sat"], [], [odd], ["sat", odd]])
     assert got.unknown == 3 and got.words == 6
+    # A word of which the tokenizer knows nothing, or not all, is unknown too; bytes it knows.
+    met = align(tokenizer, [["cat", "語", "cat語at語"], ["sat"]])
+    assert met.unknown == (0 if kind == "byte-level" else 2)
     assert np.concatenate(got.rows).tolist() == list(range(6))
     at = [ids[s] for ids, starts in zip(got.windows.ids, got.starts, strict=True) for s in starts]
     assert [at[1], at[3], at[5]] == [tokenizer.unk_token_id] * 3
@@ -149,7 +152,7 @@ def test_token_types_are_those_that_the_tokenizer_gives_its_model():
     assert align(unigram(), SENTENCES).windows.types is None
 
 
-def test_windows_cover_overlap_and_give_each_word_its_best_context():
+def test_windows_overlap_and_give_each_word_its_best_context():
     for seed in range(10):
         rng = np.random.default_rng(seed)
         count = rng.integers(1, 6, size=int(rng.integers(8, 200)))
@@ -161,13 +164,12 @@ def test_windows_cover_overlap_and_give_each_word_its_best_context():
             assert first < then <= stop < after
             # The next begins at the first word behind half a window, or has room for a word more.
             assert ends[then] - ends[first] < max(budget // 2, count.max()) + count.max()
-        assert all(0 < ends[stop] - ends[first] <= budget for first, stop, _ in windows)
         context = np.full((len(windows), len(count)), -1.0)
         for own, (first, stop, _) in zip(context, windows, strict=True):
-            for word in range(first, stop):
-                left = ends[word] - ends[first] if first else np.inf
-                right = ends[stop] - ends[word + 1] if stop < len(count) else np.inf
-                own[word] = min(left, right)
+            assert 0 < ends[stop] - ends[first] <= budget
+            left = ends[first:stop] - ends[first] if first else np.inf
+            right = ends[stop] - ends[first + 1 : stop + 1] if stop < len(count) else np.inf
+            own[first:stop] = np.minimum(left, right)
         read = [words for *_, words in windows]
         assert sorted(np.concatenate(read)) == list(range(len(count)))
         for own, words in zip(context, read, strict=True):
@@ -215,16 +217,25 @@ def test_positions_are_the_models_or_the_tokenizers_and_xlnet_reads_any_length_a
         ("unknown aggregation 'lats'.*Did you mean 'last'", {"aggregation": "lats"}),
         (r"sentences\[1\], word 2 \('a+'...\) has 99 subwords; .* 38 at once",
          {"sentences": [["cat"], ["the", "cat", "a" * 99]]}),
-        ("lists of words, not text", {"sentences": ["the cat sat"]}),
-        ("lists of words, not text", {"sentences": "the cat sat"}),
-        (r"sentences\[0\] holds 3", {"sentences": [["the", 3]]}),
+        (r"must be lists of words: sentences\[0\] is 'the cat'", {"sentences": ["the cat"]}),
+        (r"must be lists of words: sentences\[0\] is 't'", {"sentences": "the cat"}),
+        (r"must be lists of words: sentences\[1\] is None", {"sentences": [["a"], None]}),
+        (r"must be lists of words: sentences\[0\] is None", {"sentences": None}),
+        (r"sentences\[0\] holds 3, which is no text", {"sentences": [["the", 3]]}),
+        (r"sentences\[0\] holds '\\ud800', which is no", {"sentences": [["\ud800"]]}),
         ("every sentence is empty", {"sentences": [[], []]}),
-        (r"layers \[4\]: need some of 0 \(the embeddings\) to 3", {"layers": [4]}),
+        (r"layers \[4\]: need some of 0 \(the embeddings\) to 3", {"layers": 4}),
         (r"layers \['top'\]", {"layers": ["top"]}),
+        (r"layers \[1.0\]", {"layers": [1.0]}),
         (r"layers \[\]", {"layers": []}),
         ("max_tokens is 0", {"max_tokens": 0}),
         ("need a fast one", {"tokenizer": hf.CanineTokenizer()}),
-        ("an encoder with a decoder", {"model": hf.T5Model(DECODER)}),
+        ("tokenizer str does not say", {"tokenizer": "bert"}),
+        ("tokenizer is not the model's: token 99 of 60",
+         {"tokenizer": hf.BertTokenizer(vocab={**wordpiece().get_vocab(), "dog": 99}),
+          "sentences": [["dog"]]}),
+        ("an encoder alone, got T5Model", {"model": hf.T5Model(DECODER)}),
+        ("an encoder alone, got str", {"model": "organism"}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_in_one_line(message, changes):
@@ -263,20 +274,39 @@ def test_pairs_of_texts_keep_their_token_types():
         assert np.abs(got[:, i] - stream.mean(axis=1)).max() < 1e-5
 
 
-def test_texts_that_are_cut_are_counted_and_poolings_that_cannot_be_are_refused():
+def test_texts_that_are_cut_are_counted():
     model, tokenizer = tiny_model("bert"), wordpiece()
     with pytest.warns(UserWarning, match="1 of 2 texts were cut to 40 tokens"):
         sentence_activations(model, tokenizer, ["cat " * 60, "cat"])
     with pytest.warns(UserWarning, match="2 of 2 texts were cut to 3 tokens"):
         got = sentence_activations(model, tokenizer, ["cat cats", "cat on"], max_length=3)
-    alone = sentence_activations(model, tokenizer, ["cat"])
-    assert np.abs(got - alone).max() < 1e-5
-    with pytest.raises(HealingError, match="unknown pooling 'men'.*'mean'"):
-        sentence_activations(model, tokenizer, ["cat"], "men")
-    named = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "the"}
-    bare = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **named)
-    with pytest.raises(HealingError, match="no classification token.*pooling='mean'"):
-        sentence_activations(model, bare, ["cat"])
+    assert np.abs(got - sentence_activations(model, tokenizer, ["cat"])).max() < 1e-5
+
+
+BARE = hf.PreTrainedTokenizerFast(
+    tokenizer_object=wordpiece().backend_tokenizer, unk_token="[UNK]", pad_token="[PAD]",
+    cls_token="the",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "message, changes",
+    [
+        ("unknown pooling 'men'.*'mean'", {"pooling": "men"}),
+        ("no classification token.*pooling='mean'", {"tokenizer": BARE}),
+        ("a list of texts, or of pairs: texts.0. is 'the cat'", {"texts": "the cat"}),
+        ("a list of texts, or of pairs: texts.1. is None", {"texts": ["cat", None]}),
+        ("holds nan, which is no text", {"texts": [("cat", float("nan"))]}),
+        ("at least one, and all of a kind", {"texts": []}),
+        ("at least one, and all of a kind", {"texts": ["cat", ("cat", "mat")]}),
+        ("at least one, and all of a kind", {"texts": [("the", "cat", "sat")]}),
+        ("max_length is 0: need at least 1", {"max_length": 0}),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused(message, changes):
+    given = {"model": tiny_model("bert"), "tokenizer": wordpiece(), "texts": ["cat"]}
+    with pytest.raises(HealingError, match=message):
+        sentence_activations(**{**given, **changes})
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -285,13 +315,15 @@ def test_compact_activations_are_those_of_extraction_wherever_they_are_kept(
 ):
     monkeypatch.setattr(activations.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(activations, "CHUNK", 30)  # so that there are several
-    given = tiny_model("bert"), wordpiece(), SENTENCES * 8, aggregation
-    expected = extract_activations(*given)
-    (kept, counts), (mapped, _) = (compact_activations(*given, memory=m) for m in (2**29, 0))
+    odd = [["cat"] * 50, [], ["\u200d"], ["on"] * 99]
+    given = tiny_model("bert"), wordpiece(), [*SENTENCES * 8, *odd], aggregation
+    with pytest.warns(UserWarning, match="2 of 44 sentences"):
+        expected = extract_activations(*given)
+        (kept, counts), (mapped, _) = (compact_activations(*given, memory=m) for m in (2**29, 0))
     assert isinstance(mapped, np.memmap) and not isinstance(kept, np.memmap)
     assert kept.dtype == mapped.dtype == np.float16 and np.array_equal(kept, mapped)
     assert np.abs(kept - expected).max() < 2**-11 * np.abs(expected).max() + 1e-5
-    assert counts == {"windowed": 0, "unknown": 0}
+    assert counts == {"windowed": 2, "unknown": 1}
     assert not list(tmp_path.iterdir()), "the file has no name that anyone would have to remove"
     assert capsys.readouterr().err == ""
 
@@ -305,15 +337,6 @@ def test_values_beyond_float16_make_a_float32_array(capsys):
     assert (np.abs(got) > 65504).any()
     assert got.dtype == np.float32 and np.array_equal(got, expected)
     assert "beyond float16's range: begun anew in float32" in capsys.readouterr().err
-
-
-def test_long_sentences_and_odd_words_are_counted():
-    odd = [*SENTENCES, ["cat"] * 50, [], ["\u200d"], ["on"] * 99]
-    with pytest.warns(UserWarning, match="2 of 9 sentences"):
-        got, counts = compact_activations(tiny_model("bert"), wordpiece(), odd)
-        expected = extract_activations(tiny_model("bert"), wordpiece(), odd)
-    assert counts == {"windowed": 2, "unknown": 1} and got.shape[1] == WORDS + 150
-    assert np.array_equal(got, expected.astype(np.float16))
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
