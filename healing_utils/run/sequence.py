@@ -1,6 +1,7 @@
 """A run: every cell that the profile plans, in one pool; then the notebooks under papermill, which
 find them all; then the page. It can be stopped at any moment, and the same call goes on."""
 
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from papermill.exceptions import PapermillExecutionError
 from healing_utils.base.errors import HealingError
 from healing_utils.base.records import digest, read_json, write_atomically
 from healing_utils.run import estimate, profiles
-from healing_utils.run.page import write_page
+from healing_utils.run.page import ANALYSIS, write_page
 from healing_utils.study.pool import COLLECT_AFTER, HUGE_PAGES, Ray
 from healing_utils.study.study import Study
 
@@ -51,14 +52,13 @@ def run(
     for cells that failed or a notebook that does not reach its end."""
     profiles.share([], shard)
     settled = profiles.settle(profile, out, parameters or {})
-    books = {p: profiles.declared_parameters(p) for p in profiles.sequence(settled["model"])}
+    books = {p: profiles.declared_parameters(p) for p in profiles.sequence(settled)}
     study = Study(settled)
     if executor == "ray":  # before anything is written
         Ray(study, lambda: Study(settled), address).close()
     target, what = Path(settled["run"]), f"shard {shard}" if shard else "all stages"
-    write_atomically(target / "parameters.json", json.dumps(settled, indent=2) + "\n")
+    cells = study.keep_plans()  # and the parameters; the first that is written
     say(f"Profile {profile}, {what}, in {target}")
-    cells = study.keep_plans()
     mine = profiles.share(cells, shard)
     study.compute(mine, what, executor, address)
     study.close()
@@ -78,9 +78,24 @@ def run(
     return str(write_page(target))
 
 
+def report(run: Path) -> str:
+    """Draw a run's analysis again where its tables and figures are not what its records gave, and
+    write its page; return the page's path. An analysis that fails is told there."""
+    path = profiles.notebook_folder() / f"{ANALYSIS[0]}.ipynb"
+    passed = {"run": str(run.absolute())}
+    if any(run.glob("records/*/*.json")) and not _is_finished(path, run, passed):
+        try:
+            execute(path, run, passed)
+        except HealingError as error:
+            say(str(error))
+    return str(write_page(run))
+
+
 def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
     """Run a notebook to ``target/notebooks``, with what it was made from and made in its metadata.
     Raises HealingError where it stops, and keeps it as far as it came, as ``.failed.ipynb``."""
+    if not target.is_dir():  # a kernel would begin it a second time
+        raise HealingError(f"the run's folder {target} is gone; was it moved?")
     done, place, cause = target / "notebooks" / path.name, "its start", ""
     failed = done.with_suffix(".failed.ipynb")
 
@@ -95,6 +110,7 @@ def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
     os.environ.update(usual | os.environ)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it is all told here
     done.unlink(missing_ok=True)
+    before = {file: file.stat().st_mtime_ns for file in _drawn(target)}
     with tempfile.TemporaryDirectory(prefix="healing-") as scratch:
         # The half-executed notebook lies outside the run's folder, which may be a slow drive.
         executed = Path(scratch) / path.name
@@ -123,24 +139,34 @@ def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
             cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         book = read_json(executed)
     if book:
-        files = [*target.glob("tables/*"), *target.glob("figures/*")]
-        made = [file.relative_to(target).as_posix() for file in files]
+        made = [file for file in _drawn(target) if file.stat().st_mtime_ns != before.get(file)]
+        made = {str(file.relative_to(target)): _hash(file) for file in made}
         book["metadata"]["healing"] = {"from": _made_from(path, target, parameters), "made": made}
         write_atomically(failed if cause else done, json.dumps(book, indent=1, ensure_ascii=False))
     if cause:
-        kept = f"\n  The notebook as far as it came: {failed}" if book else ""
+        kept = f" (as far as it came: {failed})" if book else ""
         raise HealingError(
-            f"{path.stem} stopped at {place}\n  {cause}{kept}\n"
-            "  Finished cells of the study are kept: the same command goes on from there."
+            f"{path.stem} stopped at {place}: {cause}{kept}; finished cells are kept, and the same "
+            "command goes on from there"
         )
     failed.unlink(missing_ok=True)
 
 
+def _drawn(target: Path) -> list[Path]:
+    return [*target.glob("tables/*"), *target.glob("figures/*")]
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:20]
+
+
 def _is_finished(path: Path, target: Path, parameters: dict[str, Any]) -> bool:
-    """Whether executing the notebook again would show the same, and all that it made is there."""
-    kept = read_json(target / "notebooks" / path.name).get("metadata", {}).get("healing", {})
-    there = all((target / name).exists() for name in kept.get("made", []))
-    return there and kept.get("from") == _made_from(path, target, parameters)
+    """Whether executing the notebook again would show the same, and what it drew is as it was."""
+    match read_json(target / "notebooks" / path.name):
+        case {"metadata": {"healing": {"from": str(source), "made": dict(made)}}}:
+            there = {str(file.relative_to(target)): _hash(file) for file in _drawn(target)}
+            return made.items() <= there.items() and source == _made_from(path, target, parameters)
+    return False
 
 
 def _made_from(path: Path, target: Path, parameters: dict[str, Any]) -> str:
