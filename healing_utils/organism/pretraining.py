@@ -91,6 +91,7 @@ def pretrain(
     """
     from transformers import BertConfig, BertForMaskedLM
 
+    Path(out).mkdir(parents=True, exist_ok=True)
     checkpoint = Path(out) / "checkpoint.pt"
     plan = {
         "steps": steps, "batch_size": batch_size, "seed": seed, "threads": threads,

@@ -65,7 +65,9 @@ def write_page(run: Path) -> Path:
     if ANALYSIS[0] not in books:
         missing.append(f"{ANALYSIS[0]} is not there yet")
     stages = list(progress(run))
-    missing += [f"{len(left)} of {len(all_)} cells of {stage}" for stage, all_, left in stages if left]
+    missing += [
+        f"{len(left)} of {len(all_)} cells of {stage}" for stage, all_, left in stages if left
+    ]
     title = f"Healing study: {name}"
     empty = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {title}")])
     shown = (books[stem]["notebook"] for stem in ANALYSIS if "href" in books.get(stem, {}))
@@ -159,7 +161,9 @@ def _render(notebook: nbformat.NotebookNode, run: Path, page: dict[str, Any]) ->
     for tag in soup("img", src=lambda src: not IMAGE.fullmatch(src or "")):
         tag.replace_with(f"[{tag['alt']}]" if tag.get("alt") else "")
     for tag in soup.main("a", href=re.compile(r"^[^:]*\.ipynb(#.*)?$")):
-        tag["href"] = ("notebooks/" if "index" in page else "") + tag["href"].replace(".ipynb", ".html")
+        tag["href"] = ("notebooks/" if "index" in page else "") + tag["href"].replace(
+            ".ipynb", ".html"
+        )
     for tag in soup(re.compile("^h[1-6]$"), id=True):  # a link to it is decoded once
         tag["id"] = unquote(tag["id"])
     for table in soup("table"):

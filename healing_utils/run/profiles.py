@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from healing_utils.base.errors import HealingError, choose
 from healing_utils import organism
+from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.paths import run_folder
 from healing_utils.study.parameters import Parameters, read_parameters, read_yaml, refuse_another
 

@@ -8,12 +8,14 @@ model, corrupted, then fine-tuned (Han et al. 2024). *scratch*: random weights, 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import sys
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors import safe_open
+from safetensors.torch import save
 from threadpoolctl import threadpool_limits
 
 from healing_utils.base.records import write_atomically
@@ -80,12 +82,25 @@ def network(study: Any, cell: Cell) -> torch.nn.Module:
         return model.to(study.device).eval()
     model = _load(study, cell)  # what goes wrong here is no fault of the weights
     try:
-        model.load_state_dict(load(path.read_bytes()))
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if file.metadata() != _checksum(tensors):
+                raise ValueError("their checksum does not match")
+        model.load_state_dict(tensors)
     except Exception as error:  # truncated: safetensors and torch each have their own errors
         print(f"weights {path} are unusable ({error}); trained again", file=sys.stderr)
         path.unlink(missing_ok=True)
         return network(study, cell)
     return model.to(study.device).eval()
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What stands beside kept weights, whose format would not notice a flipped bit."""
+    found = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        found.update(values.reshape(-1).view(torch.uint8).numpy())
+    return {"sha256": found.hexdigest()}
 
 
 def similarity(study: Any, cell: Cell, model: torch.nn.Module) -> dict[str, list[float]]:
@@ -176,7 +191,8 @@ def _train(study: Any, cell: Cell, model: torch.nn.Module, keep: bool = False) -
     scored = _score(study, cell, model)
     if keep or keeps_weights(study, cell):  # they may be deleted any time
         tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        write_atomically(study.store.weights_path(cell.key), save(tensors))
+        whole = save(tensors, metadata=_checksum(tensors))
+        write_atomically(study.store.weights_path(cell.key), whole)
     return scored | told | {
         "train_size": len(train), "train_tokens": done.tokens, "truncated": train.truncated,
         "losses": [round(loss, 5) for loss in done.losses],

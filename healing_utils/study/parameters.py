@@ -1,69 +1,113 @@
 """The parameters of a study: what each means, what it may be, and its default (the `quick` run).
 
 Every notebook declares those that it uses as plain literals; a profile is a YAML file of them. A
-value may arrive as text from a command line (``1/6``, ``[0,2]``): it is understood or refused.
+value may arrive as text from a command line (``1/6``, ``[0,2]``): its parameter's type understands
+or refuses it, and names and paths stay text. All is refused that can be before torch is imported,
+which takes seconds: two looks, of which the second asks the floors below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+import importlib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, MutableMapping
+from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator as After
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, ValidationInfo
 from pydantic import BeforeValidator as Before
 
 from healing_utils.base.errors import HealingError, choose, nearest
-from healing_utils.healing.corruption import parse_kind, spell_kind
-from healing_utils.healing.encoders import CONTROLS, OUTER_PARTS, PARTS, SIDES, parse_level
-from healing_utils.healing.models import HEADS
-from healing_utils.healing.recipes import RECIPES
-from healing_utils.healing.training import PRECISIONS
-from healing_utils.probing.activations import AGGREGATIONS
+from healing_utils.base.records import read_json
 
 ONE, EACH = "one for all", "by task"
+NULL = ("", "null", "none", "~")
+FLAGS = {"true": True, "yes": True, "false": False, "no": False}
+FREE = ("run", "device", "workers")  # parameters that make no other study of one
+LEVEL = re.compile(r"[-+]?(\d{1,9}/\d{1,9}|\d{0,9}\.?\d{0,20})")
+FILE = re.compile(r"\.[A-Za-z]\w*$")  # how the name of a data file ends
 
 
 # -- how values are read ---------------------------------------------------------------------------
 
 
+class _Texts(yaml.BaseLoader):
+    """YAML of lists, mappings and text: what a number is, or a date, is not for it to say. Nothing
+    that unfolds without end, makes an object, or is there twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(
+                problem="has an alias or a tag", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise yaml.MarkedYAMLError(problem="names a key twice", problem_mark=node.start_mark)
+        return found
+
+
+def read_yaml(text: str) -> Any:
+    """Lists, mappings and texts (``12`` and ``null`` too) of YAML. Raises HealingError."""
+    try:
+        return yaml.load(text, _Texts)
+    except yaml.YAMLError as error:
+        raise HealingError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise HealingError("cannot be read as YAML: it is nested too deeply") from None
+
+
 def _plain(value: Any) -> Any:
-    """Text from a command line as the YAML value it spells; ``1/6`` stays text."""
-    if not isinstance(value, str):
-        return value
-    try:  # YAML's own word is null
-        return None if value.strip().lower() == "none" else yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
+    """Text that spells a list, a mapping or null as that; other text stays what it is."""
+    if isinstance(value, str):
+        if value.strip().lower() in NULL:
+            return None
+        if value.lstrip()[0] in "[{":
+            return read_yaml(value)
+    return value
 
 
 def _number(value: Any) -> Any:
-    value = _plain(value)
     if isinstance(value, bool):  # which pydantic takes for 0 or 1
         raise HealingError("must be a number")
+    if isinstance(value, str) and re.match(r"\s*[-+]?0\d|.*_", value):  # ... 012 for 12, 1_0 for 10
+        raise HealingError("must be a number, without leading zeros and underscores")
     return value
 
 
 def _listed(value: Any) -> Any:
     """One value or several: ``3``, ``[0, 2]``, ``0,2``; null stays null."""
     value = _plain(value)
-    if isinstance(value, str) and "," in value:
-        value = [_plain(part.strip()) for part in value.split(",")]
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
     return value if value is None or isinstance(value, list | tuple) else [value]
+
+
+def _names(value: Any) -> Any:
+    """As `_listed`, but that a comma may be part of a file's name."""
+    if not isinstance(value, str) or value.lstrip().startswith("["):
+        return [value] if isinstance(value, str) and _is_file(value) else _listed(value)
+    found = _listed(value)
+    lost = [name for name in found or () if FILE.search(name) and not _is_file(name)]
+    return [value] if lost or _is_file(value) else found
+
+
+def _is_file(name: str) -> bool:
+    return os.path.exists(os.path.expanduser(os.path.expandvars(name)))
 
 
 def _once(values: list[Any]) -> list[Any]:
     if len(set(map(str, values))) < len(values):
         raise HealingError("names a value twice")
     return values
-
-
-def _levels(value: Any) -> list[str]:
-    """Fractions of the layers, as they are spelt."""
-    found = _listed(value) or []
-    _once([parse_level(level) for level in found])
-    return [str(level) for level in found]
 
 
 def _layer_sets(value: Any) -> Any:
@@ -73,13 +117,50 @@ def _layer_sets(value: Any) -> Any:
     return value if several or value in (None, "each") else [_listed(value)]
 
 
-def _among(allowed: Iterable[str], what: str) -> Any:
-    return Annotated[str, Before(lambda value: choose(_plain(value), allowed, what))]
+def _below(read: Callable[[Any], Any]) -> Any:
+    """Text that a floor below reads, in the second look."""
+
+    def look(value: Any, info: ValidationInfo) -> Any:
+        return read(value) if info.context else value
+
+    return After(look)
 
 
-def _several(read: Any, null: bool = False) -> Any:
+def _ask(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"healing_utils.{module}"), name)
+
+
+def _among(module: str, tables: str, what: str) -> Any:
+    """One of the names in `tables` of a module."""
+
+    def read(value: str) -> str:
+        return choose(value, chain(*(_ask(module, table) for table in tables.split())), what)
+
+    return Annotated[str, _below(read)]
+
+
+def _kind(value: str) -> str:
+    name, strength = _ask("healing.corruption", "parse_kind")(value)
+    if strength is not None and not math.isfinite(strength):
+        raise HealingError(f"strength {strength} is not finite")
+    return _ask("healing.corruption", "spell_kind")(name, strength)
+
+
+def _level(value: Any) -> Any:
+    if isinstance(value, str) and not LEVEL.fullmatch(value.strip()):
+        raise HealingError("must be a fraction such as 0.5 or 1/6")
+    return _number(value)
+
+
+def _levels(values: list[Any]) -> list[str]:
+    """Fractions of the layers, as they are spelt."""
+    _once([_ask("healing.encoders", "parse_level")(value) for value in values])
+    return [str(value) for value in values]
+
+
+def _several(read: Any, null: bool = False, by: Any = _listed) -> Any:
     found = Annotated[list[read], Field(min_length=not null), After(_once)]
-    return Annotated[found | None if null else found, Before(_listed)]
+    return Annotated[found | None if null else found, Before(by)]
 
 
 def _by_task(read: Any) -> Any:
@@ -90,26 +171,39 @@ def _by_task(read: Any) -> Any:
     return Annotated[Annotated[one | each, which], Before(_plain)]
 
 
-Text = Annotated[str, Field(pattern=r"\S")]
-TextOrNull = Annotated[Text | None, Before(lambda v: None if v in ("null", "None", "~", "") else v)]
-Flag = Annotated[bool, Before(_plain), Field(strict=True)]
-Whole = Annotated[int, Before(_number), Field(ge=0)]
-Positive = Annotated[int, Before(_number), Field(ge=1)]
-PositiveOrNull = Annotated[Positive | None, Before(_plain)]
-Share = Annotated[float, Before(_number), Field(ge=0, le=1)]
-Rate = Annotated[float, Before(_number), Field(gt=0, le=1)]
-Epochs = Annotated[float, Before(_number), Field(gt=0, le=1000)]
-Names, NamesOrNull, Seeds = _several(Text), _several(Text, null=True), _several(Whole)
-# In a file of columns also by number.
+def _or_null(read: Any) -> Any:
+    return Annotated[read | None, Before(_plain)]
+
+
+# One line, with something in it.
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*[^\x00-\x20][^\x00-\x1f]*$")]
+# A column may be called 1, or be given by its number.
 Column = Annotated[Text, Before(lambda v: str(v) if type(v) is int else v)]
-LayerSet = Annotated[list[Whole], Before(_listed), After(_once)]
-Levels = Annotated[list[str], Before(_levels)]
+TextOrNull, ColumnOrNull = (
+    Annotated[text | None, Before(lambda v: None if str(v).lower() in NULL else v)]
+    for text in (Text, Column)
+)
+Flag = Annotated[bool, Before(lambda v: FLAGS.get(str(v).lower(), v)), Field(strict=True)]
+Whole = Annotated[int, Before(_number), Field(ge=0, lt=2**31)]
+Positive = Annotated[Whole, Field(ge=1)]
+PositiveOrNull = _or_null(Positive)
+Share = Annotated[float, Before(_number), Field(ge=0, le=1)]
+Rate = Annotated[Share, Field(gt=0)]
+Epochs = Annotated[float, Before(_number), Field(gt=0, le=1000)]
+Points = Annotated[Positive, Field(le=10_000)]
+Names, NamesOrNull = _several(Text, by=_names), _several(Text, null=True, by=_names)
+Columns, Seeds = _several(Column, null=True), _several(Whole)
+LayerSet = Annotated[list[Whole], Before(_listed), Field(min_length=1), After(_once)]
+Level = Annotated[Any, Before(_level)]
+Levels = Annotated[list[Level], Before(lambda v: _listed(v) or []), _below(_levels)]
 # A kind may have a strength: ``reinit``, ``noise=0.5``.
-Kind = Annotated[str, Before(lambda value: spell_kind(*parse_kind(value)))]
-Part = _among((*PARTS, *OUTER_PARTS), "part")
-Start = _among(("pre-trained", "fine-tuned"), "start")
-Recipe, Head = _among(RECIPES, "recipe"), _among(HEADS, "head")
-State = _among(("healed", "broken", "intact", "scratch"), "state")
+Kind = Annotated[str, _below(_kind)]
+Part = _among("healing.encoders", "PARTS OUTER_PARTS", "part")
+Side = _among("healing.encoders", "SIDES", "side")
+Start = Literal["pre-trained", "fine-tuned"]
+Recipe = _among("healing.recipes", "RECIPES", "recipe")
+Head = _among("healing.models", "HEADS", "head")
+State = Literal["healed", "broken", "intact", "scratch"]
 
 
 # -- the parameters --------------------------------------------------------------------------------
@@ -123,7 +217,7 @@ class Scan(BaseModel, extra="forbid"):
     broken: Flag = True  # score what is healed broken too, without training
     task: Names | None = None  # some of the study's
     seeds: Seeds | None = None
-    sides: _several(_among((*SIDES, *CONTROLS), "side")) | None = None
+    sides: _several(_among("healing.encoders", "SIDES CONTROLS", "side")) | None = None
     levels: Levels = ["1/2"]
     layers: Annotated[Literal["each"] | list[LayerSet] | None, Before(_layer_sets)] = None
     kind: _several(Kind) = ["reinit"]
@@ -134,7 +228,7 @@ class Scan(BaseModel, extra="forbid"):
     train_size: _by_task(_several(Positive)) | None = None
     epochs: _by_task(_several(Epochs)) | None = None
     learning_rate: _by_task(_several(Rate)) | None = None
-    evaluations: _several(Positive) | None = None  # points on a learning curve
+    evaluations: _several(Points) | None = None  # points on a learning curve
     probed: Flag = False  # look inside its intact models too (04_linguistics)
 
 
@@ -149,14 +243,14 @@ class Parameters(BaseModel, extra="forbid"):
     model: Names = ["organism"]  # hub name or folder of the encoder, or several
     model_revision: TextOrNull = None
     task: Names = ["sentiment", "topic"]  # registered task, hub data set or file, or several
-    text_column: NamesOrNull = None  # or two for pairs, where they are not found
-    label_column: TextOrNull = None
+    text_column: Columns = None  # or two for pairs, where they are not found
+    label_column: ColumnOrNull = None
     data_revision: TextOrNull = None
     metric: TextOrNull = None  # score to use instead of the task's own
     seeds: Seeds = [0, 1, 2]
-    sides: _several(_among(SIDES, "side")) = list(SIDES)
+    sides: _several(Side) = ["bottom", "top"]
     levels: Levels = ["1/6", "1/2", "1"]  # corrupted fractions of the layers
-    layers: _several(Whole, null=True) = None  # these instead of sides and levels
+    layers: _or_null(LayerSet) = None  # these instead of sides and levels
     kind: _several(Kind) = ["reinit"]
     part: Part = "all"  # what of a layer, or beside them, is corrupted
     start: Start = "pre-trained"  # which model is corrupted, then fine-tuned
@@ -176,17 +270,19 @@ class Parameters(BaseModel, extra="forbid"):
     max_grad_norm: Annotated[float, Before(_number), Field(gt=0, le=1e6)] = 1.0
     max_length: Annotated[Positive, Field(ge=4)] = 128  # tokens a text is cut to
     max_tokens: Annotated[Positive, Field(ge=16)] = 8192  # computed at once, padding included
-    evaluations: Positive = 12  # points on a learning curve after the first
-    precision: _among(PRECISIONS, "precision") = "auto"
+    evaluations: Points = 12  # points on a learning curve after the first
+    precision: _among("healing.training", "PRECISIONS", "precision") = "auto"
     device: TextOrNull = None  # cpu or cuda, null for the best there is
-    threads: Positive = 1  # of a CPU; results repeat for the same number
-    workers: Positive = 2  # processes that share the cells
+    threads: Annotated[Positive, Field(le=1024)] = 1  # of a CPU; results repeat for the same number
+    workers: Annotated[Positive, Field(le=256)] = 2  # processes that share the cells
     # 04_linguistics
     corpus: Names = ["organism"]  # whose words are labelled: a name or a file, or several
-    column: _several(Column, null=True) = ["pos"]  # its labels; of several corpora one each
+    column: Columns = ["pos"]  # its labels; of several corpora one each
     word_column: Whole = 0  # of the words, in a file of columns
     corpus_test: TextOrNull = None  # file of the test part, where it is another one
-    aggregation: _among(AGGREGATIONS, "aggregation") = "last"  # subword that speaks for a word
+    aggregation: _among("probing.activations", "AGGREGATIONS", "aggregation") = (
+        "last"  # subword that speaks for a word
+    )
     probe_train: PositiveOrNull = 200  # sentences, null for all
     probe_test: PositiveOrNull = 200
     probe_models: NamesOrNull = None  # null for the study's own
@@ -206,11 +302,35 @@ def read_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises HealingError naming the parameter, what is allowed, and for an unknown name the nearest.
     """
     try:
-        found = Parameters.model_validate(dict(given))
+        for below in (False, True):
+            found = Parameters.model_validate(dict(given), context=below)
     except ValidationError as error:
         raise HealingError(_told(error.errors()[0], given)) from None
     scans = {name: scan.model_dump(exclude_unset=True) for name, scan in found.scans.items()}
     return found.model_dump() | {"scans": scans}
+
+
+def has_records(folder: Path) -> bool:
+    return any(folder.glob("records/*/*.json"))
+
+
+def refuse_another(folder: Path, given: Mapping[str, Any]) -> None:
+    """Raise HealingError where a run's folder has records of a study with other parameters than
+    those that are `given`."""
+    there = read_json(folder / "parameters.json") if has_records(folder) else {}
+    for name, value in given.items():
+        if name not in FREE and there.get(name, value) != value:
+            raise HealingError(
+                f"{folder} holds a run with other parameters ({name} {_shown(there[name])} there, "
+                f"{_shown(value)} now); choose another folder"
+            )
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
+    except ValueError:  # Python spells no such numbers
+        return "a number of thousands of digits"
 
 
 def _told(error: Mapping[str, Any], given: Mapping[str, Any]) -> str:
@@ -223,12 +343,12 @@ def _told(error: Mapping[str, Any], given: Mapping[str, Any]) -> str:
             what, known, name = f"field of scan {rest[0]!r}", Scan.model_fields, rest[-1]
         guess = nearest(name, known)
         hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}"
-        return f"unknown {what} {name!r}; {hint}"
+        return f"unknown {what} {_shown(name)}; {hint}"
     where = f"{', '.join(rest)} " if rest else ""
     said = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if error["type"] in ("string_type", "string_pattern_mismatch"):
-        said = "must be text"
-    return f"parameter {name} is {given[name]!r}: {where}{said}"
+        said = "must be text, of one line"
+    return f"parameter {name} is {_shown(given[name])}: {where}{said}"
 
 
 def for_task(parameters: Mapping[str, Any], task: str) -> dict[str, Any]:
@@ -246,7 +366,7 @@ def for_task(parameters: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def notebook_parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
-    """The parameters among a notebook's variables, checked.
+    """The parameters among a notebook's variables, checked; for a `Study`, which knows the others.
 
     Called with ``globals()`` right after the parameter cell, when the only plain public variables
     are parameters: any other was injected under a wrong name and is refused. When the cell is run
@@ -260,4 +380,5 @@ def notebook_parameters(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
         if name in Parameters.model_fields or "_parameters_checked" not in namespace
     }
     namespace["_parameters_checked"] = True
-    return read_parameters(given)
+    found = read_parameters(given)
+    return {name: found[name] for name in given}

@@ -253,8 +253,8 @@ def serve(place: int) -> None:
 
 class Ray:
     """A Ray cluster whose machines share the run's folder, and the files of models and data, under
-    the same paths: the one at `address`; without one, that of ``RAY_ADDRESS``, of this machine, or
-    a new one on this machine, in this order.
+    the same paths: the one at `address`; without one, that of ``RAY_ADDRESS``; without that, a new
+    one on this machine, which no other machine can reach.
 
     The driver plans and claims; a task loads what it needs by the study that `make` gives, as here,
     and writes record and weights. Raises HealingError where Ray is not installed, the cluster
@@ -262,6 +262,9 @@ class Ray:
     """
 
     def __init__(self, study: Any, make: Callable[[], Any], address: str | None = None):
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":  # Ray reads it when it is imported, and else listens everywhere
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             import ray
         except ImportError as error:
@@ -331,10 +334,9 @@ def compute_there(driver: str, claim: str, make: Any, cell: Any) -> Exception | 
     return compute(lambda: _studies[driver], cell)
 
 
-def _connect(ray: Any, address: str | None) -> None:
+def _connect(ray: Any, address: str) -> None:
     """Once a process; the connection ends with it. Ray itself would try for minutes."""
-    where = f"the Ray cluster at {address}" if address else "or start a Ray cluster"
-    host, _, port = (address or "").rpartition(":")
+    host, _, port = address.rpartition(":")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here stays silent
     package, quiet = str(Path(__file__).resolve().parents[1]), {"HEALING_PROGRESS": "quiet"}
     settings = {"py_modules": [package], "env_vars": quiet}
@@ -344,7 +346,8 @@ def _connect(ray: Any, address: str | None) -> None:
             socket.create_connection((host, int(port)), REACHED).close()
         ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray's own, or the address is none
-        raise HealingError(f"cannot reach {where}: {_first_line(error)}") from error
+        why = _first_line(error)
+        raise HealingError(f"cannot reach the Ray cluster at {address}: {why}") from error
 
 
 if __name__ == "__main__":

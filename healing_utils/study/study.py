@@ -20,12 +20,12 @@ from healing_utils.analysis.results import table
 from healing_utils.base.errors import HealingError
 from healing_utils.base.paths import run_folder
 from healing_utils.base.progress import Progress
-from healing_utils.base.records import Store, canonical, write_atomically
+from healing_utils.base.records import Store, canonical, read_json, set_aside, write_atomically
 from healing_utils.healing import models
 from healing_utils.healing.training import Encoded, encode, pick_device
 from healing_utils.study import compute, linguistics, planning, pool
 from healing_utils.study.cells import ALL_STAGES, Cell
-from healing_utils.study.parameters import for_task, read_parameters
+from healing_utils.study.parameters import for_task, has_records, read_parameters, refuse_another
 from healing_utils.texts.corpora import Corpus, load_corpus
 from healing_utils.texts.tasks import Split, TaskData, load_task
 
@@ -45,6 +45,7 @@ class Study:
 
     def __init__(self, parameters: Mapping[str, Any]):
         self.parameters = read_parameters(parameters)
+        self.given = {name: self.parameters[name] for name in parameters}
         self.run_folder = run_folder(self.parameters["run"])
         self.store = Store(self.run_folder)
         torch.set_num_threads(self.parameters["threads"])
@@ -59,8 +60,9 @@ class Study:
         self._processes: pool.Processes | None = None  # they go on from stage to stage
 
     def describe(self) -> str:
-        """Models, tasks and device of this study, for the top of a notebook."""
-        p, lines, made = self.parameters, [], self.provenance()
+        """Folder, models, tasks and device of this study, for the top of a notebook."""
+        p, made = self.parameters, self.provenance()
+        lines = [f"run {self.run_folder}"]
         for model in p["model"]:
             config = self.config(model)
             lines.append(
@@ -94,8 +96,12 @@ class Study:
 
         Cells that another run on the same folder is computing are waited for. `plan` makes these
         cells the stage's cells in this folder; without it they are computed beside them. Raises
-        HealingError where cells failed, after all others are done.
+        HealingError where cells failed, after all others are done, and before any is computed where
+        the folder has records of a study with other parameters.
         """
+        if {"levels", "layers", "scans"} & self.given.keys() and not has_records(self.run_folder):
+            for other in ("recovery", "scans", "networks"):  # what no model has is refused at once
+                self.plan(other)
         cells = self.plan(stage)
         if plan:
             self.keep_plan(stage, cells)
@@ -109,6 +115,7 @@ class Study:
         in errors. `executor`: `workers`, as many processes as the parameter says, `in-process`, or
         `ray`, the cluster at `address`; by itself processes where there are to be several. Raises
         as `run` does, and where Ray is not there."""
+        self.store.begin()
         self.store.sweep()
         each = {cell.key: cell for cell in cells}  # scans may share a cell
         todo = [cell for cell in each.values() if self.store.read(cell.stage, cell.key) is None]
@@ -150,12 +157,31 @@ class Study:
             self._processes.close()
 
     def keep_plan(self, stage: str, cells: list[Cell]) -> None:
-        """Make `cells` the stage's cells in this folder."""
+        """Make `cells` the stage's cells in this folder, and this study the folder's."""
+        self.keep_parameters()
         planned = [
             {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()} for c in cells
         ]
         path = self.run_folder / "plans" / f"{stage}.json"
+        former = path.read_bytes() if path.exists() and has_records(self.run_folder) else b""
+        if former and cells and not any(cell.key.encode() in former for cell in cells):
+            said = (
+                f"{self.run_folder}: data, models or code are others than when {stage} was planned"
+            )
+            print(f"{said}: finished cells are kept, but no table has them", file=sys.stderr)
         write_atomically(path, canonical({"stage": stage, "cells": planned}))
+
+    def keep_parameters(self) -> None:
+        """Note what this study was given in the folder, for who reports on it. Raises HealingError
+        where it has records of another study."""
+        self.store.begin()
+        refuse_another(self.run_folder, self.given)
+        path = self.run_folder / "parameters.json"
+        there = read_json(path)
+        if path.exists() and not there:
+            set_aside(path, "it holds no parameters")
+        if there != (now := there | self.given):
+            write_atomically(path, json.dumps(now, indent=2) + "\n")
 
     def keep_plans(self) -> list[Cell]:
         """Make what the parameters plan the cells of all stages in this folder; return them, one

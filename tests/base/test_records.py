@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,9 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "run")
+    store = Store(tmp_path / "run")
+    store.begin()
+    return store
 
 
 def leftovers(folder) -> list[str]:
@@ -68,9 +71,17 @@ def test_a_kill_between_writing_and_renaming_leaves_the_old_record_and_is_swept(
     assert process.wait() == -signal.SIGKILL
     assert [r["version"] for r in store.records("baseline")] == [1]
     (temporary,) = store.run.rglob(".*.tmp")
-    store.sweep()
-    assert temporary.exists()  # so young that another run may be writing it
-    age(temporary, records.STALE + 1)
+    host, living = socket.gethostname(), str(os.getpid())
+    other = temporary.rename(temporary.with_name(temporary.name.replace(host, "elsewhere")))
+    ours = other.with_name(f".k.json.{host}.{living}.x.tmp")
+    (mine := other.with_name(f".k.json.{host}.{process.pid}.x.tmp")).touch()
+    ours.touch()
+    for silent in (-5000, 5000):  # no clock is trusted so far
+        age(other, silent)
+        store.sweep()
+        assert other.exists() and ours.exists() and not mine.exists()
+    age(other, -records.DAY - 1)
+    ours.unlink()
     store.sweep()
     assert leftovers(store.run) == ["k.json"]
 
@@ -106,19 +117,27 @@ DAMAGE = {
     "binary": lambda text: bytes(range(256)),
     "a list": lambda text: b"[1, 2]",
     "null": lambda text: b"null",
+    "nested": lambda text: b"[" * 100_000,
+    "half a character": lambda text: text.replace(b"\\u00e9", b"\\ud800"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_corrupt_record_is_named_and_set_aside(store, damage, capsys):
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_corrupt_record_is_named_and_set_aside(store, damage, writable, capsys, monkeypatch):
     for key in ("k", "whole"):
         store.write("baseline", key, RECORD)
     path = store.path("baseline", "k")
     whole, bad = path.read_bytes(), DAMAGE[damage](path.read_bytes())
     assert bad != whole
     path.write_bytes(bad)
+    if not writable:
+        monkeypatch.setattr("os.replace", raising(OSError(errno.EROFS, "Read-only file system")))
     assert [r["key"] for r in store.records("baseline")] == ["whole"]
     (said,) = capsys.readouterr().err.splitlines()
+    if not writable:
+        assert f"{path} is corrupt" in said and "Read-only file system" in said
+        return
     (aside,) = path.parent.glob("k.json.corrupt-*")
     assert f"{path} is corrupt" in said and aside.name in said
     assert aside.read_bytes() == bad and not path.exists()
@@ -160,7 +179,6 @@ for i in range(30):
 
 
 def test_claims_are_exclusive_between_processes(store):
-    store.run.mkdir(parents=True)
     racers = [child(RACER, store) for _ in range(3)]
     (store.run / "go").touch()
     said = [racer.communicate(timeout=60)[0] for racer in racers]
@@ -192,18 +210,22 @@ def test_a_killed_owners_claim_is_taken_over_at_once(store):
     "content",
     [
         b'{"owner": "elsewhere:1:abc", "since": 0}', b"", b"{", b"[1]", b'{"owner": 5}',
-        b'{"owner": "nobody"}', b'{"owner": "a:b:c"}', b"\xff\x00\xfe",
+        b'{"owner": "nobody"}', b'{"owner": "a:b:c"}', b"\xff\x00\xfe", b"[" * 100_000,
+        f'{{"owner": "{socket.gethostname()}:{"9" * 5000}:x"}}'.encode(), None,
     ],
 )  # fmt: skip
 def test_a_claim_without_a_heartbeat_holds_until_it_is_stale(store, content):
-    """Another machine's, and one that is garbled: it may be one that is being written."""
+    """Another machine's, whose clock may be wrong both ways, and one that is garbled, which may be
+    one that is being written; None is a link to nowhere."""
     path = store.claim_path("k")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
+    path.parent.mkdir()
     for silent, free in ((records.STALE - 20, False), (records.STALE + 1, True)):
-        age(path, silent)
-        with store.claim("k") as mine:
-            assert mine == free
+        for sign in (1, -1):
+            path.symlink_to("/nowhere") if content is None else path.write_bytes(content)
+            os.utime(path, (time.time() - sign * silent,) * 2, follow_symlinks=False)
+            with store.claim("k") as mine:
+                assert mine == free
+            path.unlink(missing_ok=True)
 
 
 def test_a_claim_is_kept_fresh_while_it_is_held(store, monkeypatch):
@@ -222,3 +244,45 @@ def test_what_cannot_be_claimed_leaves_no_empty_claim(store, function, monkeypat
             pass
     with Store(store.run).claim("k") as mine:
         assert mine
+
+
+NAMES = ("../../victim", "", ".", "a/b", "/victim", "a\0", "k\n", "k" * 65, 5, None, ["k"])
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_what_is_no_name_of_a_cell_touches_nothing_outside_the_run(store, name):
+    (store.run.parent / "victim.json").write_text("{}")
+    for touch in (
+        lambda: store.read("baseline", name), lambda: store.read(name, "k"),
+        lambda: list(store.records(name)), lambda: store.write("baseline", name, RECORD),
+        lambda: store.claimed_by_other(name), lambda: store.weights_path(name),
+    ):  # fmt: skip
+        with pytest.raises(HealingError, match="is no name of a stage or of a cell"):
+            touch()
+    assert leftovers(store.run.parent) == ["victim.json"]
+
+
+def test_a_link_where_a_file_is_written_is_not_followed(store, tmp_path, monkeypatch):
+    victim, path = tmp_path / "victim", store.run / "parameters.json"
+    victim.write_text("whole")
+    path.symlink_to(victim)
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and not path.is_symlink()
+    monkeypatch.setattr(records.uuid, "uuid4", lambda: type("Guessed", (), {"hex": "guessed"}))
+    temporary = f".parameters.json.{socket.gethostname()}.{os.getpid()}.guessed.tmp"
+    (store.run / temporary).symlink_to(victim)
+    with pytest.raises(HealingError, match="cannot write .*File exists"):
+        write_atomically(path, "newer")
+    assert victim.read_text() == "whole" and path.read_text() == "new"
+
+
+def test_a_run_that_is_moved_away_is_not_begun_again(store, tmp_path):
+    store.write("baseline", "k", RECORD)
+    store.run.rename(tmp_path / "moved")
+    for act in (
+        lambda: store.write("baseline", "k2", RECORD), lambda: store.claim("k2").__enter__(),
+        lambda: write_atomically(store.run / "tables" / "a.csv", ""), store.begin,
+    ):  # fmt: skip
+        with pytest.raises(HealingError, match="the run's folder is gone; was it moved?"):
+            act()
+    assert store.read("baseline", "k") is None and not store.run.exists()

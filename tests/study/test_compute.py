@@ -166,7 +166,11 @@ def test_broken_does_not_need_the_saved_weights(copied, capsys):
     intact = next(c for c in copied.plan("baseline") if c.seed == cell.seed)
     weights = copied.store.weights_path(intact.key)
     saved = weights.read_bytes()
-    for damage in (None, saved[: len(saved) // 2], b"", save({"x": torch.zeros(2)})):
+    flipped = bytearray(saved)
+    flipped[len(saved) // 2] ^= 1  # one bit of a value
+    header = saved.replace(b"query", b"queri", 1)
+    other = save({"x": torch.zeros(2)})
+    for damage in (None, saved[: len(saved) // 2], b"", other, bytes(flipped), header):
         weights.unlink() if damage is None else weights.write_bytes(damage)
         copied.intact_models.clear()
         assert computed(copied, cell) == result(copied, cell)

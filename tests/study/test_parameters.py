@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 
 import pytest
@@ -38,7 +40,14 @@ def read(name: str, value: object) -> object:
         ("text_column", "premise,hypothesis", ["premise", "hypothesis"]), ("column", 1, ["1"]),
         ("column", "[1, -1]", ["1", "-1"]), ("device", "None", None), ("model_revision", "", None),
         ("scans", "{a: {layers: each, seeds: 0}}", {"a": {"layers": "each", "seeds": [0]}}),
-        ("scans", "{}", {}),
+        ("scans", "{}", {}), ("scratch", "no", False), ("learning_rate", ".5", 0.5),
+        # Names and paths stay text.
+        ("task", "bücher #1.csv", ["bücher #1.csv"]), ("task", "a: b.csv", ["a: b.csv"]),
+        ("task", "my reviews, final.csv", ["my reviews, final.csv"]), ("run", "012", "012"),
+        ("corpus", "$UD_EWT,conll2000", ["$UD_EWT", "conll2000"]), ("label_column", "No", "No"),
+        ("text_column", "tweet #", ["tweet #"]), ("text_column", "No,1", ["No", "1"]),
+        ("text_column", 1234567, ["1234567"]), ("label_column", 1, "1"),
+        ("model_revision", "1:30", "1:30"), ("metric", "null", None),
     ],
 )  # fmt: skip
 def test_values_and_their_text_forms(name, given, value):
@@ -56,7 +65,7 @@ def test_values_and_their_text_forms(name, given, value):
         ("seeds", "0 1 2", "valid integer"), ("seeds", None, "must be a valid list"),
         ("learning_rate", "fast", "must be a valid number"), ("learning_rate", {}, "at least 1"),
         ("learning_rate", 0, "must be greater than 0"),
-        ("learning_rate", "nan", "must be greater than 0"),
+        ("learning_rate", "nan", "must be greater than"),
         ("epochs", float("inf"), "less than or equal to 1000"),
         ("epochs", {"sst2": 0}, "sst2 must be greater than 0"),
         ("train_size", {"sst2": "many"}, "sst2 must be a valid integer"),
@@ -74,6 +83,20 @@ def test_values_and_their_text_forms(name, given, value):
         ("scans", {"a": {"kind": "reinit=2"}}, "no strength"),
         ("scans", {"a": {"layers": "all"}}, "a, layers"),
         ("scans", {"a": {"epochs": {"sst2": -1}}}, ": a, epochs, sst2 must be greater than 0"),
+        # What YAML would take for something else.
+        ("epochs", "1:30", "valid number"), ("seeds", "012", "without leading zeros"),
+        ("batch_size", "1_6", "underscores"), ("learning_rate", "2026-01-01", "valid number"),
+        ("batch_size", "!!int x", "valid integer"), ("seeds", "[!!int 3]", "alias or a tag"),
+        ("epochs", "{a: 1, a: 2}", "names a key twice"), ("scans", "{a: &x {}, b: *x}", "an alias"),
+        ("task", "[x].csv", "as YAML"), ("levels", "1e999999999", "a fraction such as"),
+        # Values without end.
+        ("evaluations", 1e9, "less than or equal to 10000"), ("workers", 5000, "equal to 256"),
+        ("seeds", 2**64, "less than 2147483648"), ("seeds", float("inf"), "finite number"),
+        ("kind", "noise=inf", "not finite"), ("max_grad_norm", "inf", "less than or equal"),
+        ("levels", "-1/2", "above 0"), ("levels", [True], "must be a number"),
+        ("label_column", True, "must be text"), ("task", "a\0b", "must be text"),
+        ("sides", [], "at least 1 item"), ("kind", "[]", "at least 1 item"),
+        ("layers", "[]", "at least 1 item"),
     ],
 )  # fmt: skip
 def test_a_refused_value_names_the_parameter_and_what_is_allowed(name, given, allowed):
@@ -82,6 +105,35 @@ def test_a_refused_value_names_the_parameter_and_what_is_allowed(name, given, al
     message = str(caught.value)
     assert message.startswith(f"parameter {name} is {given!r}: ")
     assert allowed in message and "\n" not in message
+
+
+def test_an_existing_file_s_name_is_never_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "[a]", "reviews, final.csv", "final.csv", "other.csv"):
+        (tmp_path / name).touch()
+        assert read("task", name) == [name]
+    assert read("task", "final.csv,other.csv") == ["final.csv", "other.csv"]
+    assert read("task", "sst2, final.csv") == ["sst2", "final.csv"]
+    assert read("task", "final.csv, lost.csv") == ["final.csv, lost.csv"]  # there is none: said
+
+
+DEEP, LONG = "[" * 50_000, "9" * 5000
+
+
+def test_a_value_without_end_is_one_short_line_before_torch_is_there():
+    given = [{"layers": DEEP}, {"scans": DEEP.replace("[", "{")}, {"seeds": LONG}, {LONG: 1}]
+    given += [{"task": LONG, "seeds": [LONG]}, {"threads": "1:30"}, {"sseds": 1}]
+    code = (
+        "import sys\nfrom healing_utils.study.parameters import read_parameters\n"
+        f"for given in [*{given!r}, {{'seeds': 10 ** 6000}}]:\n"
+        "    try:\n        read_parameters(given)\n"
+        "    except ValueError as error:\n        print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    *lines, torch = done.stdout.splitlines()
+    assert (len(lines), torch) == (len(given) + 1, "False"), done.stderr
+    assert max(map(len, lines)) < 900 and not done.stderr
 
 
 def test_an_unknown_name_names_the_nearest_or_all():
@@ -113,7 +165,7 @@ def test_a_notebooks_variables_are_its_parameters():
     }  # fmt: skip
     got = notebook_parameters(namespace)
     assert (got["run"], got["seeds"], got["levels"]) == ("data/runs/x", [3], ["1/2"])
-    assert got["task"] == Parameters.model_fields["task"].default
+    assert set(got) == {"run", "seeds", "levels"}  # a `Study` knows the others
     # What papermill injected under a wrong name is refused.
     with pytest.raises(HealingError, match="'seed'; did you mean 'seeds'"):
         notebook_parameters({"run": "data/runs/x", "seeds": [3], "seed": 4})

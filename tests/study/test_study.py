@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from conftest import SCANS
-from helpers import planted_texts
+from helpers import planted_texts, write_planted_task
 
 from healing_utils import load_results
 from healing_utils.analysis.results import has_stage, missing_cells
@@ -73,17 +75,18 @@ def test_a_second_run_computes_nothing_and_gives_the_same_tables(copied, finishe
         assert copied.run(stage).equals(table)
     assert {p: p.read_bytes() for p in copied.run_folder.rglob("records/**/*.json")} == records
     # Other names of the same cells find their records, under the names that were asked for.
-    table = Study({**copied.parameters, "metric": "accuracy"}).run("recovery")
+    table = Study({**copied.parameters, "metric": "accuracy"}).run("recovery", plan=False)
     assert (table["metric"] == "accuracy").all()
     assert (table["score"] == table["score_accuracy"]).all()
-    custom = Study({**copied.parameters, "layers": [2], "scratch": False}).run("recovery")
+    custom = Study({**copied.parameters, "layers": [2], "scratch": False})
+    custom = custom.run("recovery", plan=False)
     assert set(custom["side"]) == {"custom"} and set(custom["layers"]) == {(2,)}
     top = finished.tables["recovery"].query("side == 'top'")
     assert list(custom["score"]) == list(top["score"])
     # More seeds: only theirs are missing.
     monkeypatch.setitem(compute.COMPUTE, "intact", lambda *_: 1 / 0)
     with pytest.raises(HealingError, match="1 of 3 cells of baseline failed.*intact seed 2"):
-        Study({**copied.parameters, "seeds": [0, 1, 2]}).run("baseline")
+        Study({**copied.parameters, "seeds": [0, 1, 2]}).run("baseline", plan=False)
 
 
 def test_a_damaged_record_alone_is_computed_again_and_is_the_same(
@@ -110,13 +113,56 @@ def test_a_damaged_record_alone_is_computed_again_and_is_the_same(
     assert table.drop(columns="seconds").equals(whole.drop(columns="seconds"))
 
 
-def test_records_of_another_plan_are_left_out(copied):
+def test_another_study_leaves_a_folder_s_plan_alone(copied):
     """A second recipe in the same folder must not come back as duplicate cells of the first."""
     again = Study({**copied.parameters, "epochs": 0.5, "seeds": 0})
-    again.run("baseline")
+    plans = {path: path.read_bytes() for path in copied.run_folder.glob("p*/*.json")}
+    for keep in (lambda: again.run("baseline"), again.keep_plans):
+        with pytest.raises(HealingError, match=r"other parameters \(seeds \[0, 1\] there, \[0\]"):
+            keep()
+    assert plans == {path: path.read_bytes() for path in copied.run_folder.glob("p*/*.json")}
+    again.run("baseline", plan=False)
     assert len(list(copied.store.records("baseline"))) > 3
     table = load_results(copied.run_folder, "baseline")
-    assert set(table["key"]) == {cell.key for cell in again.plan("baseline")}
+    assert set(table["key"]) == {cell.key for cell in copied.plan("baseline")}
+
+
+def test_a_folder_without_records_takes_new_parameters(tiny, tmp_path, monkeypatch, capsys):
+    """And those that a stage did not declare are added by the next."""
+    forbid_computing(monkeypatch)
+    kept = tmp_path / "parameters.json"
+    for bad, said in (
+        ({"task": "sentimnet"}, "sentimnet"), ({"layers": [0, 99]}, "layer 99 does not exist"),
+        ({"scans": {"a": {"layers": [[0, 99]]}}}, "layer 99"), ({"probe_levels": "1/2"}, "not in"),
+    ):  # fmt: skip
+        with pytest.raises(HealingError, match=said):
+            tiny(run=tmp_path, **bad).run("baseline")
+        with pytest.raises(HealingError, match=said):
+            tiny(run=tmp_path, **bad).keep_plans()
+        assert not list(tmp_path.iterdir())
+    for seeds in ([5], [0]):
+        study = tiny(run=tmp_path, seeds=seeds)
+        study.keep_plans()
+        assert json.loads(kept.read_text())["seeds"] == seeds
+    for garbage in ("[]", "null", "{", "[" * 100_000, '"', "{}"):
+        kept.write_text(garbage)
+        (tmp_path / "plans" / "baseline.json").write_text(garbage)
+        study.keep_plans()
+        assert json.loads(kept.read_text()) == study.given
+        said = capsys.readouterr().err
+        assert f"{kept} is corrupt (it holds no parameters); set aside" in said
+    study.store.write("baseline", "k", {})
+    write_planted_task(tmp_path / "task", seed=7)
+    same = tiny(run=tmp_path, seeds=[0], task=str(tmp_path / "task"))
+    same.given = study.given  # a path that another folder's means other data
+    same.keep_plans()
+    assert "code are others than when baseline was planned" in capsys.readouterr().err
+    declared = Study({name: study.parameters[name] for name in ("run", "model", "task")})
+    declared.keep_parameters()
+    with pytest.raises(HealingError, match="other parameters"):
+        Study({"run": str(tmp_path), "seeds": 1}).keep_parameters()
+    Study({"run": str(tmp_path), "workers": 3, "corpus": "x"}).keep_parameters()
+    assert json.loads(kept.read_text())["corpus"] == ["x"]
 
 
 def test_a_failing_cell_is_reported_once_at_the_end_and_the_others_are_kept(
