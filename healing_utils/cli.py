@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(answer(given.pop("command"), given))
     except BrokenPipeError:  # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (HealingError, OSError) as error:
+    except (HealingError, OSError, RecursionError) as error:
         print("healing:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

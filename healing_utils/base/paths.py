@@ -10,7 +10,7 @@ from healing_utils.base.records import digest
 def file_name(name: str) -> str:
     """`name` as a file may be called: of a path in it the last part, and a short hash where it had
     to be changed, as two names may become one."""
-    last = re.sub(r"(?<=_).*[/\\]|^.*[/\\]", "", name)  # after a prefix: healed_owner/name
+    last = re.sub(r"^([^/\\_]*_)?.*[/\\]", r"\1", name)  # after a prefix: healed_owner/name
     plain = re.sub(r"[^\w.-]+", "-", last)[-60:]
     return name if plain == name else f"{plain}-{digest(name)[:6]}"
 

@@ -4,6 +4,7 @@ the run holds. It needs nothing but the run's folder: no script runs, no address
 
 import csv
 import html
+import json
 import os
 import re
 from collections import Counter
@@ -13,7 +14,6 @@ from urllib.parse import unquote
 
 import nbformat
 import nh3
-import yaml
 from bs4 import BeautifulSoup
 from nbconvert import HTMLExporter
 
@@ -29,7 +29,6 @@ GROUPS = {
     "Knowledge": "layers|states|neurons|accuracy|knowledge|healed|ablation",
 }  # fmt: skip
 TEMPLATES = str(Path(__file__).parent / "templates")
-EXPORTER = HTMLExporter(template_name="healing", extra_template_basedirs=[TEMPLATES])
 MANY = 6  # columns; more do not fit a tablet
 # What an image may come from: itself, or a file of the run.
 IMAGE = re.compile(r"data:image/[a-z+]+;base64,[\w+/=\s]*|(?!/)[\w.%~/-]+", re.ASCII)
@@ -52,6 +51,10 @@ CLEANER = nh3.Cleaner(
     },
     attribute_filter=_allowed, filter_style_properties=set(STYLES.split()), link_rel=None,
 )  # fmt: skip
+EXPORTER = HTMLExporter(
+    template_name="healing", extra_template_basedirs=[TEMPLATES], sanitize_html=True,
+    filters={"clean_html": CLEANER.clean},  # cell by cell, so that none swallows another
+)  # fmt: skip
 
 
 def write_page(run: Path) -> Path:
@@ -65,22 +68,20 @@ def write_page(run: Path) -> Path:
     if ANALYSIS[0] not in books:
         missing.append(f"{ANALYSIS[0]} is not there yet")
     stages = list(progress(run))
-    missing += [
-        f"{len(left)} of {len(all_)} cells of {stage}" for stage, all_, left in stages if left
-    ]
+    short = [(len(left), len(cells), stage) for stage, cells, left in stages if left]
+    missing += ["{} of {} cells of {}".format(*numbers) for numbers in short]
     title = f"Healing study: {name}"
     empty = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {title}")])
     shown = (books[stem]["notebook"] for stem in ANALYSIS if "href" in books.get(stem, {}))
     notebook = next(shown, empty)
     parameters = read_json(run / "parameters.json")
     parameters.pop("run", None)  # where it lay when it was made means nothing to a reader
-    try:
-        profile = yaml.safe_dump(parameters, sort_keys=False, default_flow_style=None, width=90)
-    except RecursionError:  # lists in lists in lists
-        parameters, profile = {}, ""
+    about = {n: parameters[n] for n in ("model", "task", "seeds") if n in parameters}
     page = {
-        "index": True, "name": name, "title": title, "missing": missing, "parameters": parameters,
-        "profile": profile, "notebooks": list(books.values()),
+        "index": True, "name": name, "title": title, "missing": missing,
+        "about": {n: ", ".join(map(str, v if type(v) is list else [v])) for n, v in about.items()},
+        "parameters": {n: json.dumps(v, ensure_ascii=False) for n, v in parameters.items()},
+        "notebooks": list(books.values()),
         "figures": _figures(run / "figures", notebook),
         "tables": sorted(path.name for path in run.glob("tables/*.csv")),
         "found": _found(run / "tables" / "claims.csv"),
@@ -102,7 +103,7 @@ def _book(path: Path, run: Path) -> dict[str, Any]:
         book["state"] = "bad" if errors else "good" if ran == len(code) else "half"
         stopped = f", then it stopped with {errors[0]}" if errors else ""
         book["status"] = f"{ran} of {len(code)} code cells ran{stopped}"
-        book["seconds"] = notebook.metadata.get("papermill", {}).get("duration")
+        book["seconds"] = f"{notebook.metadata.get('papermill', {}).get('duration') or 0:.0f} s"
         text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
         book["title"] = (re.findall(r"^# (.+)", text, re.MULTILINE) or [path.stem])[0]
         write_atomically(path.with_suffix(".html"), _render(notebook, run, book))
@@ -127,9 +128,10 @@ def _found(claims: Path) -> str:
             said[-1] += f", a {evidence}" if evidence else ""
     except Exception:  # whatever it holds
         return ""
-    beside = ", ".join(f"{n} {verdict}" for verdict, n in others.items())
+    beside = ", ".join(f"{n} {verdict}" for verdict, n in others.items()) or "nothing"
     first = "; ".join(said) or "nothing that could be tested"
-    return f"Named before any run: {first}. Exploratory, beside it: {beside or 'nothing'}."
+    told = f"Named before any run: {first}. Exploratory, beside it: {beside}."
+    return told if said or others else ""
 
 
 def _figures(folder: Path, notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
@@ -161,15 +163,14 @@ def _render(notebook: nbformat.NotebookNode, run: Path, page: dict[str, Any]) ->
     for tag in soup("img", src=lambda src: not IMAGE.fullmatch(src or "")):
         tag.replace_with(f"[{tag['alt']}]" if tag.get("alt") else "")
     for tag in soup.main("a", href=re.compile(r"^[^:]*\.ipynb(#.*)?$")):
-        tag["href"] = ("notebooks/" if "index" in page else "") + tag["href"].replace(
-            ".ipynb", ".html"
-        )
+        tag["href"] = tag["href"].replace(".ipynb", ".html")
+        tag["href"] = f"notebooks/{tag['href']}" if "index" in page else tag["href"]
     for tag in soup(re.compile("^h[1-6]$"), id=True):  # a link to it is decoded once
         tag["id"] = unquote(tag["id"])
     for table in soup("table"):
-        names = [cell.get_text() for cell in table.select("thead tr:last-of-type th")]
+        names = [cell.get_text() for cell in table.thead("th")] if table.thead else []
         table["class"] = "rows many" if len(names) > MANY else "rows" if names else "plain"
-        for row in table.select("tbody tr"):
+        for row in table("tr"):
             for name, cell in zip(names, row("td"), strict=False):
                 cell["data-label"] = name
         table.wrap(soup.new_tag("div", attrs={"class": "wide", "tabindex": "0"}))

@@ -30,7 +30,7 @@ KERNEL_STARTS = 3  # two kernels that start at once can pick the same port
 
 def say(line: str) -> None:
     """A line about progress, on standard error; none where ``HEALING_PROGRESS`` is ``quiet``."""
-    if os.environ.get("HEALING_PROGRESS") != "quiet":
+    if line and os.environ.get("HEALING_PROGRESS") != "quiet":
         print(line, file=sys.stderr, flush=True)
 
 
@@ -62,8 +62,7 @@ def run(
     mine = profiles.share(cells, shard)
     study.compute(mine, what, executor, address)
     study.close()
-    if told := estimate.compare(study, mine):
-        say(told)
+    say(estimate.compare(study, mine))
     if shard:
         return (
             f"Shard {shard}: its {len(mine)} of {len(cells)} cells are done, in {target}\nCopy the "
@@ -82,7 +81,8 @@ def report(run: Path) -> str:
     """Draw a run's analysis again where its tables and figures are not what its records gave, and
     write its page; return the page's path. An analysis that fails is told there."""
     path = profiles.notebook_folder() / f"{ANALYSIS[0]}.ipynb"
-    passed = {"run": str(run.absolute())}
+    known = read_json(run / "parameters.json") | {"run": str(run.absolute())}
+    passed = {name: known[name] for name in known.keys() & profiles.declared_parameters(path)}
     if any(run.glob("records/*/*.json")) and not _is_finished(path, run, passed):
         try:
             execute(path, run, passed)
@@ -110,7 +110,6 @@ def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
     os.environ.update(usual | os.environ)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it is all told here
     done.unlink(missing_ok=True)
-    before = {file: file.stat().st_mtime_ns for file in _drawn(target)}
     with tempfile.TemporaryDirectory(prefix="healing-") as scratch:
         # The half-executed notebook lies outside the run's folder, which may be a slow drive.
         executed = Path(scratch) / path.name
@@ -139,8 +138,7 @@ def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
             cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         book = read_json(executed)
     if book:
-        made = [file for file in _drawn(target) if file.stat().st_mtime_ns != before.get(file)]
-        made = {str(file.relative_to(target)): _hash(file) for file in made}
+        made = _drawn(target) if path.stem == ANALYSIS[0] else {}  # the others draw nothing
         book["metadata"]["healing"] = {"from": _made_from(path, target, parameters), "made": made}
         write_atomically(failed if cause else done, json.dumps(book, indent=1, ensure_ascii=False))
     if cause:
@@ -152,20 +150,18 @@ def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
     failed.unlink(missing_ok=True)
 
 
-def _drawn(target: Path) -> list[Path]:
-    return [*target.glob("tables/*"), *target.glob("figures/*")]
-
-
-def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:20]
+def _drawn(target: Path) -> dict[str, str]:
+    """Hashes of the tables and figures there are, by their names."""
+    files = [*target.glob("tables/*"), *target.glob("figures/*")]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:20] for f in files}
 
 
 def _is_finished(path: Path, target: Path, parameters: dict[str, Any]) -> bool:
     """Whether executing the notebook again would show the same, and what it drew is as it was."""
     match read_json(target / "notebooks" / path.name):
         case {"metadata": {"healing": {"from": str(source), "made": dict(made)}}}:
-            there = {str(file.relative_to(target)): _hash(file) for file in _drawn(target)}
-            return made.items() <= there.items() and source == _made_from(path, target, parameters)
+            same = source == _made_from(path, target, parameters)
+            return same and made.items() <= _drawn(target).items()
     return False
 
 

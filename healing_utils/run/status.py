@@ -83,7 +83,8 @@ def describe(run: Path) -> str:
     damaged = [p.stem for p in sorted(run.glob("plans/*.json")) if p.stem not in known]
     lines += [f"  {stage:12} its plan cannot be read; a run makes it again" for stage in damaged]
     planned, left = (sum(len(stage[i]) for stage in stages) for i in (1, 2))
-    lines.append(f"  all          {planned - left} of {planned} cells done")
+    everything = f"all          {planned - left} of {planned} cells done"
+    lines.append(f"  {everything if stages else 'no stage has started'}")
     books = [path.stem for path in sorted((run / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
     done = [name for name in books if not name.endswith(".failed")]
     lines.append(f"  notebooks done: {', '.join(done) or 'none'}")
