@@ -5,18 +5,35 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from healing_utils import __version__
 from healing_utils.base.errors import HealingError, choose
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Tells in one line what is wrong; its help lists the parameters of a command with `-p`."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"healing: {message}; see {self.prog} --help\n")
+
+    def format_help(self) -> str:
+        if self.get_default("parameters") is None:
+            return super().format_help()
+        from healing_utils.run.profiles import describe_parameters
+
+        return f"{super().format_help()}\n{describe_parameters()}"
+
+
+def parser() -> Parser:
     """The arguments of all commands."""
-    top = argparse.ArgumentParser(prog="healing", description="Break a language model, heal it.")
+    top = Parser(prog="healing", description="Break a language model, heal it.")
+    top.add_argument("--version", action="version", version=f"healing {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run a profile, or go on: its cells, notebooks and page")
     plan = commands.add_parser("plan", help="show what a profile takes, and what of it is left")
     status = commands.add_parser("status", help="show done and missing cells, also while it runs")
-    report = commands.add_parser("report", help="write the run's page again")
+    report = commands.add_parser("report", help="draw a run's analysis and page again")
     for one in (run, plan):
         one.add_argument("profile", metavar="PROFILE", help="quick, minilm, ... or a YAML file")
         one.add_argument("--out", metavar="DIR", help="run's folder (default data/runs/PROFILE)")
@@ -51,11 +68,12 @@ def answer(command: str, given: dict) -> str:
         return plan(**given)
     from healing_utils.run.status import describe, find_run
 
+    folder = find_run(given["dir"])
     if command == "status":
-        return describe(find_run(given["dir"]))
-    from healing_utils.run.page import write_page
+        return describe(folder)
+    from healing_utils.run.sequence import report
 
-    return str(write_page(find_run(given["dir"])))
+    return report(folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,12 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given["parameters"] = dict(given["parameters"])
     try:
         print(answer(given.pop("command"), given))
-    except HealingError as error:
-        print(f"healing: {error}", file=sys.stderr)
+    except BrokenPipeError:  # piped into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (HealingError, OSError, RecursionError) as error:
+        print("healing:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped. Everything finished is kept; the same command goes on.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # piped into head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -19,8 +19,8 @@ BELOW = {
     "analysis": {"base"},
     "report": {"base", "analysis"},
     "study": {"base", "texts", "healing", "probing", "analysis"},
-    "run": {"base", "study", "texts", "healing"},
-    "cli": {"base", "run", "study"},
+    "run": {"base", "study", "texts", "healing", "organism"},
+    "cli": {"base", "run", "study", "__init__"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -1,7 +1,18 @@
 """Where things lie. Writers and readers of a run's folder both ask here."""
 
 import os
+import re
 from pathlib import Path
+
+from healing_utils.base.records import digest
+
+
+def file_name(name: str) -> str:
+    """`name` as a file may be called: of a path in it the last part, and a short hash where it had
+    to be changed, as two names may become one."""
+    last = re.sub(r"^([^/\\_]*_)?.*[/\\]", r"\1", name)  # after a prefix: healed_owner/name
+    plain = re.sub(r"[^\w.-]+", "-", last)[-60:]
+    return name if plain == name else f"{plain}-{digest(name)[:6]}"
 
 
 def project_root() -> Path:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from healing_utils.analysis.effects import as_fraction
 from healing_utils.analysis.recovery import measures
-from healing_utils.base.errors import HealingError
+from healing_utils.base.paths import file_name
 from healing_utils.base.records import write_atomically
 from healing_utils.report import plots
 from healing_utils.report.plots import COLORS, DASH, DASH_DOT, DOTS, GREY, captioned, style
@@ -194,8 +194,7 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
     all, and hold no date: the same figure gives the same bytes. Returns the PNG's path.
     """
     folder = Path(folder)
-    if Path(name).name != name or not name:
-        raise HealingError(f"a figure's name is a plain file name without a folder, not {name!r}")
+    name = file_name(name)  # a task's may be in it, which may be a path
     texts = {"caption": getattr(figure, "caption", ""), "alt": alt_text(figure)}
     for suffix, undated in (("svg", "Date"), ("png", "Software")):
         said = {"Title": texts["caption"], "Description": texts["alt"], undated: None}

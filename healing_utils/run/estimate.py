@@ -5,6 +5,7 @@ of a kind of cell, else from a trial of it with a few steps: within a factor of 
 """
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -65,7 +66,8 @@ def compare(study: Study, cells: list[Cell]) -> str:
     """A line on estimated against measured time of the cells computed since the estimate was kept,
     both as long as one process takes over them; empty where there is nothing to compare."""
     estimated = read_json(study.run_folder / ESTIMATE)
-    told = [cell for cell in cells if isinstance(estimated.get(cell.key), float)]
+    known = {key for key, s in estimated.items() if isinstance(s, float) and 0 <= s < math.inf}
+    told = [cell for cell in cells if cell.key in known]
     times = [study.store.read(cell.stage, cell.key)["times"]["seconds"] for cell in told]
     sums = duration(sum(estimated[cell.key] for cell in told)), duration(sum(times))
     said = "Time of the cells, summed over processes: {} estimated, {} measured".format(*sums)
@@ -82,7 +84,7 @@ def text_length(study: Study, model: str, task: str) -> float:
 @lru_cache
 def empty_model(study: Study, model: str) -> torch.nn.Module:
     with torch.device("meta"):
-        return AutoModel.from_config(study.config(model))
+        return AutoModel.from_config(study.config(model), trust_remote_code=False)
 
 
 def training_size(study: Study, cell: Cell) -> int:

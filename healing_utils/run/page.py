@@ -2,15 +2,18 @@
 the run holds. It needs nothing but the run's folder: no script runs, no address outside is asked.
 """
 
+import csv
 import html
+import json
 import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import nbformat
-import yaml
+import nh3
 from bs4 import BeautifulSoup
 from nbconvert import HTMLExporter
 
@@ -20,11 +23,38 @@ from healing_utils.base.records import read_json, write_atomically
 from healing_utils.run.status import progress
 
 ANALYSIS = ("05_analysis", "05_analysis.failed")  # the page's notebook, or as far as it came
-HARMFUL = ["script", "iframe", "object", "embed", "link", "base", "meta", "form"]
+GROUPS = {
+    "Claims": "claims|controls", "Damage": "similarity|vulnerability|harms",
+    "Healing": "recovery|scores|learning|price|league",
+    "Knowledge": "layers|states|neurons|accuracy|knowledge|healed|ablation",
+}  # fmt: skip
 TEMPLATES = str(Path(__file__).parent / "templates")
-EXPORTER = HTMLExporter(template_name="healing", extra_template_basedirs=[TEMPLATES])
-OUTSIDE = re.compile(r"\s*(?!data:image/)([a-z][a-z0-9+.-]*:|//)", re.IGNORECASE)
-CODE_ADDRESS = re.compile(r"\s*(javascript|data):", re.IGNORECASE)
+MANY = 6  # columns; more do not fit a tablet
+# What an image may come from: itself, or a file of the run.
+IMAGE = re.compile(r"data:image/[a-z+]+;base64,[\w+/=\s]*|(?!/)[\w.%~/-]+", re.ASCII)
+STYLES = """background-color border-radius color font-size font-weight height line-height margin
+    margin-top max-width padding text-align width"""
+
+
+def _allowed(tag: str, name: str, value: str) -> str | None:
+    if name == "href":
+        return None if re.match(r"\W*data\W*:", value, re.IGNORECASE) else value
+    return value if name != "src" or IMAGE.fullmatch(value) else None
+
+
+CLEANER = nh3.Cleaner(
+    tags=nh3.ALLOWED_TAGS | {"main", "section"}, url_schemes={"http", "https", "mailto", "data"},
+    attributes={
+        "*": {"class", "id", "style", "title", "tabindex", "aria-label"}, "a": {"href"},
+        "img": {"src", "alt", "width", "height", "loading"}, "details": {"open"},
+        "th": {"scope", "colspan", "rowspan"}, "td": {"colspan", "rowspan", "data-label"},
+    },
+    attribute_filter=_allowed, filter_style_properties=set(STYLES.split()), link_rel=None,
+)  # fmt: skip
+EXPORTER = HTMLExporter(
+    template_name="healing", extra_template_basedirs=[TEMPLATES], sanitize_html=True,
+    filters={"clean_html": CLEANER.clean},  # cell by cell, so that none swallows another
+)  # fmt: skip
 
 
 def write_page(run: Path) -> Path:
@@ -37,19 +67,26 @@ def write_page(run: Path) -> Path:
     missing = [f"{b['name']} {b['status']}" for b in books.values() if b["state"] != "good"]
     if ANALYSIS[0] not in books:
         missing.append(f"{ANALYSIS[0]} is not there yet")
-    for stage, cells, left in progress(run):
-        missing += [f"{len(left)} of {len(cells)} cells of {stage}"] if left else []
+    stages = list(progress(run))
+    short = [(len(left), len(cells), stage) for stage, cells, left in stages if left]
+    missing += ["{} of {} cells of {}".format(*numbers) for numbers in short]
     title = f"Healing study: {name}"
     empty = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {title}")])
     shown = (books[stem]["notebook"] for stem in ANALYSIS if "href" in books.get(stem, {}))
     notebook = next(shown, empty)
     parameters = read_json(run / "parameters.json")
     parameters.pop("run", None)  # where it lay when it was made means nothing to a reader
+    about = {n: parameters[n] for n in ("model", "task", "seeds") if n in parameters}
     page = {
-        "index": True, "name": name, "title": title, "missing": missing, "parameters": parameters,
-        "profile": yaml.safe_dump(parameters, sort_keys=False, default_flow_style=None, width=90),
-        "figures": _figures(run / "figures", notebook), "notebooks": list(books.values()),
-        "tables": sorted(path.name for path in run.glob("tables/*.csv")), **_made(run),
+        "index": True, "name": name, "title": title, "missing": missing,
+        "about": {n: ", ".join(map(str, v if type(v) is list else [v])) for n, v in about.items()},
+        "parameters": {n: json.dumps(v, ensure_ascii=False) for n, v in parameters.items()},
+        "notebooks": list(books.values()),
+        "figures": _figures(run / "figures", notebook),
+        "tables": sorted(path.name for path in run.glob("tables/*.csv")),
+        "found": _found(run / "tables" / "claims.csv"),
+        "planned": sum(len(cells) for _, cells, _ in stages),
+        "left": sum(len(left) for *_, left in stages),
     }  # fmt: skip
     write_atomically(run / "index.html", _render(notebook, run, page))
     return run / "index.html"
@@ -66,7 +103,7 @@ def _book(path: Path, run: Path) -> dict[str, Any]:
         book["state"] = "bad" if errors else "good" if ran == len(code) else "half"
         stopped = f", then it stopped with {errors[0]}" if errors else ""
         book["status"] = f"{ran} of {len(code)} code cells ran{stopped}"
-        book["seconds"] = notebook.metadata.get("papermill", {}).get("duration")
+        book["seconds"] = f"{notebook.metadata.get('papermill', {}).get('duration') or 0:.0f} s"
         text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
         book["title"] = (re.findall(r"^# (.+)", text, re.MULTILINE) or [path.stem])[0]
         write_atomically(path.with_suffix(".html"), _render(notebook, run, book))
@@ -76,56 +113,69 @@ def _book(path: Path, run: Path) -> dict[str, Any]:
     return book
 
 
+def _found(claims: Path) -> str:
+    """What was found, in two sentences, as the table of claims says; empty without one."""
+    try:
+        rows, said, others = csv.DictReader(claims.read_text("utf-8").splitlines()), [], Counter()
+        for row in rows:
+            if row["primary"] != "True":
+                others[row["verdict"]] += 1
+                continue
+            numbers = [100 * float(row[name]) for name in ("effect", "low", "high")]
+            effect = "{:.1f} points [{:.1f}, {:.1f}]".format(*numbers)
+            evidence = row["evidence"].partition(":")[0]  # of the organism there is none
+            said.append("{statement} ({claim}, {model}): {verdict}, ".format(**row) + effect)
+            said[-1] += f", a {evidence}" if evidence else ""
+    except Exception:  # whatever it holds
+        return ""
+    beside = ", ".join(f"{n} {verdict}" for verdict, n in others.items()) or "nothing"
+    first = "; ".join(said) or "nothing that could be tested"
+    told = f"Named before any run: {first}. Exploratory, beside it: {beside}."
+    return told if said or others else ""
+
+
 def _figures(folder: Path, notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
     """The saved figures in their order; `shown` are those that the notebook shows itself."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     body = "".join(str(output.get("data", {}).get("text/html", "")) for output in outputs)
     captions, figures = read_json(folder / "captions.json"), []
-    for name in dict.fromkeys([*captions, *sorted(path.stem for path in folder.glob("*.png"))]):
-        if (folder / f"{name}.png").exists():
-            figure = {"name": name, "alt": "", "caption": "", **captions.get(name, {})}
-            figure["svg"] = (folder / f"{name}.svg").exists()
-            figure["shown"] = f'alt="{html.escape(figure["alt"])}"' in body
-            figures.append(figure)
+    there = {path.stem: path.with_suffix(".svg").exists() for path in folder.glob("*.png")}
+    for name in dict.fromkeys([*captions, *sorted(there)]):
+        if name in there:
+            match captions.get(name):
+                case {"caption": str(caption), "alt": str(alt)}:
+                    pass
+                case _:
+                    caption = alt = ""
+            group = [group for group, names in GROUPS.items() if re.match(names, name)]
+            figures.append({
+                "name": name, "alt": alt, "caption": caption, "svg": there[name],
+                "group": (group or ["Others"])[0], "shown": f'alt="{html.escape(alt)}"' in body,
+            })  # fmt: skip
     return figures
-
-
-def _made(run: Path) -> dict[str, Any]:
-    """What made the records: how many cells by version, device and threads, and when the last."""
-    made: dict[str, Counter[str]] = {}
-    cells, unreadable, finished = 0, 0, ""
-    for path in run.glob("records/*/[!.]*.json"):
-        match read_json(path):
-            case {"made": {"versions": versions, **settings}, "times": {"finished": moment}}:
-                cells += 1
-                finished = max(finished, moment[:16].replace("T", " "))
-                for name, value in (settings | versions).items():
-                    made.setdefault(name, Counter())[str(value)] += 1
-            case _:
-                unreadable += 1
-    mixed = [name for name, values in made.items() if len(values) > 1]
-    return dict(made=made, mixed=mixed, cells=cells, unreadable=unreadable, finished=finished)
 
 
 def _render(notebook: nbformat.NotebookNode, run: Path, page: dict[str, Any]) -> str:
     """The notebook in the template, without what reaches out of the run or names its place."""
     text, _ = EXPORTER.from_notebook_node(notebook, {"page": page})
-    soup = BeautifulSoup(text, "html.parser")
-    for tag in soup.body(HARMFUL):
-        tag.decompose()
-    for tag in soup.body(True):
-        for name in [n for n in tag.attrs if n.lower().startswith("on") or n == "srcset"]:
-            del tag[name]
-        address = tag.get("href", "")
-        if OUTSIDE.match(tag.get("src", "")):
-            tag.replace_with(f"[{tag['alt']}]" if tag.get("alt") else "")
-        elif CODE_ADDRESS.match(address):
-            del tag["href"]
-        elif address.endswith(".ipynb") and not OUTSIDE.match(address):
-            tag["href"] = ("notebooks/" if "index" in page else "") + address[:-5] + "html"
-        elif tag.name == "table":
-            tag.wrap(soup.new_tag("div", attrs={"class": "wide", "tabindex": "0"}))
-    text, places = str(soup), dict.fromkeys((run.resolve(), run.absolute()), run.resolve().name)
+    head, _, body = text.partition("<body>")
+    soup = BeautifulSoup(body, "html.parser")
+    for tag in soup("img", src=lambda src: not IMAGE.fullmatch(src or "")):
+        tag.replace_with(f"[{tag['alt']}]" if tag.get("alt") else "")
+    for tag in soup.main("a", href=re.compile(r"^[^:]*\.ipynb(#.*)?$")):
+        tag["href"] = tag["href"].replace(".ipynb", ".html")
+        tag["href"] = f"notebooks/{tag['href']}" if "index" in page else tag["href"]
+    for tag in soup(re.compile("^h[1-6]$"), id=True):  # a link to it is decoded once
+        tag["id"] = unquote(tag["id"])
+    for table in soup("table"):
+        names = [cell.get_text() for cell in table.thead("th")] if table.thead else []
+        table["class"] = "rows many" if len(names) > MANY else "rows" if names else "plain"
+        for row in table("tr"):
+            for name, cell in zip(names, row("td"), strict=False):
+                cell["data-label"] = name
+        table.wrap(soup.new_tag("div", attrs={"class": "wide", "tabindex": "0"}))
+    text = f"{head}<body>\n{CLEANER.clean(str(soup))}\n</body>\n</html>\n"
+    places = dict.fromkeys((run.resolve(), run.absolute()), run.resolve().name)
     for place, name in (places | {project_root(): ".", os.path.expanduser("~"): "~"}).items():
         if str(place) != "/":
             text = re.sub(rf"(?<![\w+/.-]){re.escape(str(place))}(?![\w.-])", name, text)

@@ -1,17 +1,16 @@
 """What a run is: notebooks, a profile of their parameters, a folder, and a share of the cells."""
 
-import ast
-import contextlib
+import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.paths import run_folder
-from healing_utils.base.records import read_json
-from healing_utils.study.parameters import read_parameters, read_yaml
+from healing_utils.study.parameters import Parameters, read_parameters, read_yaml, refuse_another
 
 
 def notebook_folder() -> Path:
@@ -21,30 +20,30 @@ def notebook_folder() -> Path:
     return checkout if (checkout / "profiles").is_dir() else package / "_notebooks"
 
 
-def sequence(models: Iterable[str]) -> list[Path]:
-    """The notebooks to run, in order: that of the organism only where it is among the models."""
+def sequence(parameters: Mapping[str, Any]) -> list[Path]:
+    """The notebooks to run, in order: that of the organism only where it is studied on its own
+    texts."""
     found = sorted(notebook_folder().glob("[0-9][0-9]_*.ipynb"))
-    return [path for path in found if "organism" in models or path.stem != "00_model_organism"]
+    own = "organism" in parameters["model"] and set(organism.TASKS) & set(parameters["task"])
+    return [path for path in found if own or path.stem != "00_model_organism"]
 
 
-def declared_parameters(path: Path) -> dict[str, Any]:
-    """The parameters that a notebook declares, with their defaults: read as Python, as papermill's
-    own inspection goes by lines. Raises HealingError if their cell holds anything but literals."""
+def declared_parameters(path: Path) -> set[str]:
+    """The names that a notebook's parameters cell assigns. (Papermill's own inspection goes by
+    lines, and loses those with an equals sign in the comment.)"""
     cells = json.loads(path.read_text("utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    try:
-        source = "".join(text for cell in tagged for text in cell["source"])
-        return dict(map(_assignment, ast.parse(source).body))
-    except (ValueError, SyntaxError) as error:
-        raise HealingError(f"in the parameters cell of {path}, {error}") from error
+    source = "".join(text for cell in tagged for text in cell["source"])
+    return set(re.findall(r"^(\w+)\b[^=\n]*=", source, re.MULTILINE))
 
 
-def _assignment(node: ast.stmt) -> tuple[str, Any]:
-    match node:
-        case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value):
-            with contextlib.suppress(ValueError):
-                return name, ast.literal_eval(value)
-    raise ValueError(f"line {node.lineno} is not one name and a plain literal")
+def describe_parameters() -> str:
+    """Every parameter with its default and what it means, a line each."""
+    source = inspect.getsource(Parameters)
+    said = dict(re.findall(r"^    (\w+): .*  # (.+)$", source, re.MULTILINE))
+    defaults = {name: json.dumps(value) for name, value in read_parameters({}).items()}
+    lines = [f"  {name:18} {value:24} {said.get(name, '')}" for name, value in defaults.items()]
+    return "\n".join(["parameters, with their defaults:", *map(str.rstrip, lines), ""])
 
 
 def read_profile(profile: str | Path) -> dict[str, Any]:
@@ -54,12 +53,13 @@ def read_profile(profile: str | Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         profiles = {p.stem: p for p in sorted(notebook_folder().glob("profiles/*.y*ml"))}
         path = profiles[choose(str(profile), profiles, "profile")]
+    if not path.is_file():
+        raise HealingError(f"no such profile: {path}")
     try:
         values = read_yaml(path.read_text("utf-8")) or {}
     except (OSError, ValueError) as error:
-        why = str(error).removeprefix("cannot be read as YAML: ")
-        raise HealingError(f"cannot read the profile {path} as YAML: {why}") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise HealingError(f"profile {path}: {error}") from error
+    if not isinstance(values, dict):
         raise HealingError(f"{path} must hold one 'name: value' a line")
     return {"run": f"data/runs/{path.stem}", **values}
 
@@ -69,20 +69,9 @@ def settle(profile: str | Path, out: str | Path | None, given: Mapping[str, Any]
     or the profile's own. Raises HealingError for a wrong name or value, and where the folder holds
     a run with other parameters."""
     parameters = read_parameters({**read_profile(profile), **given})
-    target = Path(out).absolute() if out else run_folder(parameters["run"])
-    parameters["run"] = str(target)
-    path = target / "parameters.json"
-    there = read_json(path)
-    if path.exists() and not there:
-        raise HealingError(f"{path} cannot be read; remove it to go on")
-    # What that run did not know yet has its default there.
-    for n, value in {**read_parameters({}), **there}.items() if there else ():
-        if n not in ("run", "device") and value != parameters.get(n):  # those make no other run
-            raise HealingError(
-                f"{target} holds a run with other parameters ({n} {value!r} there, "
-                f"{parameters.get(n)!r} now); choose another --out"
-            )
-    return parameters
+    target = run_folder(out or parameters["run"])
+    refuse_another(target, parameters)
+    return parameters | {"run": str(target)}
 
 
 def share(cells: list[Any], shard: str | None) -> list[Any]:

@@ -1,6 +1,7 @@
 """A run: every cell that the profile plans, in one pool; then the notebooks under papermill, which
 find them all; then the page. It can be stopped at any moment, and the same call goes on."""
 
+import hashlib
 import json
 import logging
 import os
@@ -18,9 +19,9 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from healing_utils.base.errors import HealingError
-from healing_utils.base.records import Store, digest, read_json, write_atomically
+from healing_utils.base.records import digest, read_json, write_atomically
 from healing_utils.run import estimate, profiles
-from healing_utils.run.page import write_page
+from healing_utils.run.page import ANALYSIS, write_page
 from healing_utils.study.pool import COLLECT_AFTER, HUGE_PAGES, Ray
 from healing_utils.study.study import Study
 
@@ -29,7 +30,7 @@ KERNEL_STARTS = 3  # two kernels that start at once can pick the same port
 
 def say(line: str) -> None:
     """A line about progress, on standard error; none where ``HEALING_PROGRESS`` is ``quiet``."""
-    if os.environ.get("HEALING_PROGRESS") != "quiet":
+    if line and os.environ.get("HEALING_PROGRESS") != "quiet":
         print(line, file=sys.stderr, flush=True)
 
 
@@ -51,20 +52,17 @@ def run(
     for cells that failed or a notebook that does not reach its end."""
     profiles.share([], shard)
     settled = profiles.settle(profile, out, parameters or {})
-    books = {p: profiles.declared_parameters(p) for p in profiles.sequence(settled["model"])}
+    books = {p: profiles.declared_parameters(p) for p in profiles.sequence(settled)}
     study = Study(settled)
     if executor == "ray":  # before anything is written
         Ray(study, lambda: Study(settled), address).close()
     target, what = Path(settled["run"]), f"shard {shard}" if shard else "all stages"
-    Store(target).begin()
-    write_atomically(target / "parameters.json", json.dumps(settled, indent=2) + "\n")
+    cells = study.keep_plans()  # and the parameters; the first that is written
     say(f"Profile {profile}, {what}, in {target}")
-    cells = study.keep_plans()
     mine = profiles.share(cells, shard)
     study.compute(mine, what, executor, address)
     study.close()
-    if told := estimate.compare(study, mine):
-        say(told)
+    say(estimate.compare(study, mine))
     if shard:
         return (
             f"Shard {shard}: its {len(mine)} of {len(cells)} cells are done, in {target}\nCopy the "
@@ -77,6 +75,20 @@ def run(
         if not finished:
             execute(path, target, passed)
     return str(write_page(target))
+
+
+def report(run: Path) -> str:
+    """Draw a run's analysis again where its tables and figures are not what its records gave, and
+    write its page; return the page's path. An analysis that fails is told there."""
+    path = profiles.notebook_folder() / f"{ANALYSIS[0]}.ipynb"
+    known = read_json(run / "parameters.json") | {"run": str(run.absolute())}
+    passed = {name: known[name] for name in known.keys() & profiles.declared_parameters(path)}
+    if any(run.glob("records/*/*.json")) and not _is_finished(path, run, passed):
+        try:
+            execute(path, run, passed)
+        except HealingError as error:
+            say(str(error))
+    return str(write_page(run))
 
 
 def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
@@ -126,24 +138,31 @@ def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
             cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         book = read_json(executed)
     if book:
-        files = [*target.glob("tables/*"), *target.glob("figures/*")]
-        made = [file.relative_to(target).as_posix() for file in files]
+        made = _drawn(target) if path.stem == ANALYSIS[0] else {}  # the others draw nothing
         book["metadata"]["healing"] = {"from": _made_from(path, target, parameters), "made": made}
         write_atomically(failed if cause else done, json.dumps(book, indent=1, ensure_ascii=False))
     if cause:
-        kept = f"\n  The notebook as far as it came: {failed}" if book else ""
+        kept = f" (as far as it came: {failed})" if book else ""
         raise HealingError(
-            f"{path.stem} stopped at {place}\n  {cause}{kept}\n"
-            "  Finished cells of the study are kept: the same command goes on from there."
+            f"{path.stem} stopped at {place}: {cause}{kept}; finished cells are kept, and the same "
+            "command goes on from there"
         )
     failed.unlink(missing_ok=True)
 
 
+def _drawn(target: Path) -> dict[str, str]:
+    """Hashes of the tables and figures there are, by their names."""
+    files = [*target.glob("tables/*"), *target.glob("figures/*")]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:20] for f in files}
+
+
 def _is_finished(path: Path, target: Path, parameters: dict[str, Any]) -> bool:
-    """Whether executing the notebook again would show the same, and all that it made is there."""
-    kept = read_json(target / "notebooks" / path.name).get("metadata", {}).get("healing", {})
-    there = all((target / name).exists() for name in kept.get("made", []))
-    return there and kept.get("from") == _made_from(path, target, parameters)
+    """Whether executing the notebook again would show the same, and what it drew is as it was."""
+    match read_json(target / "notebooks" / path.name):
+        case {"metadata": {"healing": {"from": str(source), "made": dict(made)}}}:
+            same = source == _made_from(path, target, parameters)
+            return same and made.items() <= _drawn(target).items()
+    return False
 
 
 def _made_from(path: Path, target: Path, parameters: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """How far a run is, as its folder says; without torch, so that it is told at once."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,18 @@ from healing_utils.base.progress import duration
 from healing_utils.base.records import STALE, read_json
 from healing_utils.study.cells import ALL_STAGES
 
+HOLDS = ("parameters.json", "plans", "records")  # one of these makes a folder a run's
+PLACE = re.compile(r"[\w-]{1,64}/[\w-]{1,64}")  # of a record: none leads out of the folder
+
 
 def find_run(name: str | None = None) -> Path:
     """The folder of a run, given as a path or as its name below data/runs; without a name, the run
     that something was written to last. Raises HealingError if there is none."""
-    if name is not None and Path(name).is_dir():
-        return Path(name)
+    if name is not None and run_folder(name).is_dir():
+        return run_folder(name)
     where = run_folder("data/runs")
-    runs = {path.parent.name: path.parent for path in where.glob("*/parameters.json")}
+    found = [path for path in where.glob("*/*") if path.name in HOLDS]
+    runs = {path.parent.name: path.parent for path in found}
     if not runs:
         raise HealingError(f"no runs in {where}; start one with: healing run quick")
     if name is not None:
@@ -31,14 +36,23 @@ def find_run(name: str | None = None) -> Path:
 
 
 def progress(run: Path) -> Iterator[tuple[str, list[dict], list[dict]]]:
-    """Name, planned and missing cells of every planned stage; nothing in the folder is changed."""
+    """Name, planned and missing cells of every planned stage, each cell where it is first planned;
+    a plan that is none is passed over. Nothing in the folder is changed."""
+    keys: set[str] = set()
     for stage in ALL_STAGES:
-        cells = read_json(run / "plans" / f"{stage}.json").get("cells")
-        if cells is not None:
+        plan = read_json(run / "plans" / f"{stage}.json").get("cells")
+        if isinstance(plan, list) and all(isinstance(cell, dict) for cell in plan):
             # A cell of a scan is recorded in the stage that it belongs to.
-            places = [run / "records" / c.get("stage", stage) / f"{c['key']}.json" for c in cells]
-            there = [path.exists() for path in places]
-            yield stage, cells, [c for c, done in zip(cells, there, strict=True) if not done]
+            cells = [{"stage": stage, "name": "?", **cell} for cell in plan]
+            if all(PLACE.fullmatch(_place(cell)) for cell in cells):
+                cells = [cell for cell in cells if cell["key"] not in keys]
+                keys.update(cell["key"] for cell in cells)
+                left = [c for c in cells if not (run / "records" / f"{_place(c)}.json").exists()]
+                yield stage, cells, left
+
+
+def _place(cell: dict) -> str:
+    return f"{cell['stage']}/{cell.get('key')}"
 
 
 def _claim(path: Path) -> str:
@@ -46,26 +60,31 @@ def _claim(path: Path) -> str:
     try:
         silent = time.time() - path.stat().st_mtime
         claim = json.loads(path.read_text("utf-8"))
-        owner, since = claim["owner"].rpartition(":")[0], time.time() - claim["since"]
+        owner, since = claim["owner"].rpartition(":")[0], duration(time.time() - claim["since"])
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # whatever it holds
         return "(claimed, by whom cannot be read)"
     gone = f", silent for {duration(silent)}: that run is gone" if silent > STALE else ""
-    return f"(by {owner} for {duration(since)}{gone})"
+    return f"(by {owner} for {since}{gone})"
 
 
 def describe(run: Path) -> str:
     """The state of a run as text: stages, running and missing cells, notebooks."""
-    lines = [f"Run {run}"]
-    for stage, cells, missing in progress(run):
+    lines, stages = [f"Run {run.absolute()}"], list(progress(run))
+    for stage, cells, missing in stages:
         lines.append(f"  {stage:12} {len(cells) - len(missing)} of {len(cells)} cells done")
         claims = [(c["name"], _claim(run / "claims" / f"{c['key']}.json")) for c in missing]
         lines += [f"    running  {name} {claim}" for name, claim in claims if claim]
         left = [f"    missing  {name}" for name, claim in claims if not claim]
         lines += left[:5]
         lines += [f"    missing  and {len(left) - 5} more"] if len(left) > 5 else []
-    lines += ["  no stage has started"] if len(lines) == 1 else []
+    known = [stage for stage, *_ in stages]
+    damaged = [p.stem for p in sorted(run.glob("plans/*.json")) if p.stem not in known]
+    lines += [f"  {stage:12} its plan cannot be read; a run makes it again" for stage in damaged]
+    planned, left = (sum(len(stage[i]) for stage in stages) for i in (1, 2))
+    everything = f"all          {planned - left} of {planned} cells done"
+    lines.append(f"  {everything if stages else 'no stage has started'}")
     books = [path.stem for path in sorted((run / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
     done = [name for name in books if not name.endswith(".failed")]
     lines.append(f"  notebooks done: {', '.join(done) or 'none'}")

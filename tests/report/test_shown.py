@@ -46,8 +46,14 @@ def test_saving_is_repeatable_and_keeps_the_words_beside_one_another(tmp_path):
     figures.save(drawn(), tmp_path / "a", "three")
     words = {"caption": "What is shown. n = 1 seed.", "alt": drawn().alt}
     assert json.loads(index.read_text("utf-8")) == {"three": words}
-    with pytest.raises(HealingError, match="plain file name"):
-        figures.save(drawn(), tmp_path, "../elsewhere")
+    # A task's name may be a hub's or a path: the file lies in the folder all the same.
+    for name in ("../elsewhere", "healed_owner/set:one", "healed_/a b/c.csv", "healed_/x/c.csv"):
+        path = figures.save(drawn(), tmp_path / "c", name)
+        assert path.parent == tmp_path / "c" and path.exists()
+    saved = sorted(p.stem for p in (tmp_path / "c").glob("*.png"))
+    assert saved == sorted(json.loads((tmp_path / "c" / "captions.json").read_text()))
+    kinds = [re.sub("-[0-9a-f]{6}$", "", stem) for stem in saved]
+    assert kinds == ["elsewhere", "healed_c.csv", "healed_c.csv", "healed_set-one"]
 
 
 def test_a_shown_figure_is_an_image_with_words_and_no_object_name(monkeypatch):

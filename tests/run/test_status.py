@@ -16,6 +16,7 @@ def planned(run):
     files = {
         "plans/recovery.json": {"stage": "recovery", "cells": cells}, "parameters.json": {},
         "plans/baseline.json": {"cells": []}, "records/recovery/a.json": {},
+        "plans/scans.json": {"cells": [{"key": "a", "name": "cell a", "stage": "recovery"}]},
         "claims/b.json": {"owner": "hostb:12:0", "since": time.time() - 42},
         "claims/c.json": {"owner": "hostc:12:0", "since": time.time() - 4000},
     }  # fmt: skip
@@ -28,17 +29,34 @@ def planned(run):
 def test_status_shows_what_is_done_running_and_missing(tmp_path):
     assert "no stage has started" in status.describe(tmp_path)
     planned(tmp_path)
-    assert [name for name, *_ in status.progress(tmp_path)] == ["baseline", "recovery"]
+    assert [name for name, *_ in status.progress(tmp_path)] == ["baseline", "recovery", "scans"]
     text = status.describe(tmp_path)
-    assert "recovery     1 of 4 cells done" in text
+    assert text.startswith(f"Run {tmp_path}\n") and "recovery     1 of 4 cells done" in text
+    assert "scans        0 of 0" in text and "all          1 of 4" in text  # a cell counts once
     assert "running  cell b (by hostb:12 for 42 s)" in text
     assert "cell c (by hostc:12 for 1 h 06 min, silent for 1 h 06 min: that run is gone)" in text
     assert "missing  cell d" in text and "notebooks done: none" in text
-    # Files that are being written, or are none of ours.
-    for name, content in (("probing", '{"stage": "pro'), ("neurons", "[]")):
-        (tmp_path / "plans" / f"{name}.json").write_text(content)
-    (tmp_path / "claims" / "d.json").write_text("")
-    assert "cell d (claimed, by whom cannot be read)" in status.describe(tmp_path)
+
+
+DEEP = "[" * 10**5
+PLANS = ["", "null", "[]", DEEP, '{"cells": 5}', '{"cells": [5]}', '{"cells": [{"name": "a"}]}',
+         '{"cells": [{"key": "../../victim", "name": "a"}]}', '{"cells": [{"key": {}}]}',
+         '{"cells": [{"key": "a", "stage": "../a"}]}']  # fmt: skip
+CLAIMS = ["", "null", "[]", DEEP, '{"owner": 5, "since": 1}', '{"owner": "a:1:2"}',
+          '{"owner": "a:1:2", "since": NaN}', '{"owner": "a:1:2", "since": -1e999}']  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "said"),
+    [("plans/probing", PLANS, "probing      its plan cannot be read"),
+     ("claims/d", CLAIMS, "cell d (claimed, by whom cannot be read)")],
+)  # fmt: skip
+def test_files_that_are_none_of_ours_are_named(tmp_path, name, texts, said):
+    planned(tmp_path)
+    for text in texts:
+        (tmp_path / f"{name}.json").write_text(text)
+        shown = status.describe(tmp_path)
+        assert said in shown and "recovery     1 of 4 cells done" in shown, text
 
 
 def test_the_newest_run_is_the_one_written_to_last(tmp_path, monkeypatch):
@@ -53,5 +71,7 @@ def test_the_newest_run_is_the_one_written_to_last(tmp_path, monkeypatch):
     (tmp_path / "minilm" / "records" / "recovery" / "d.json").write_text("{}")
     assert status.find_run().name == "minilm"
     assert status.find_run("quick") == tmp_path / "quick"
+    (tmp_path / "mine" / "plans").mkdir(parents=True)  # a study's own, by a library's user
+    assert status.find_run("mine") == status.find_run() == tmp_path / "mine"
     with pytest.raises(HealingError, match="Did you mean 'minilm'"):
         status.find_run("minilmm")
