@@ -10,7 +10,7 @@ arXiv 2105.15179.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from healing_utils.analysis import harm, knowledge, results
-from healing_utils.analysis.claims import claim, units
+from healing_utils.analysis import harm, knowledge, price, results
+from healing_utils.analysis.claims import apart, claim, contrast, units
 from healing_utils.analysis.effects import as_fraction, groups, t_interval
 from healing_utils.analysis.knowledge import before_after, deeper_half
 from healing_utils.analysis.price import by_examples
@@ -51,6 +51,26 @@ class Tables:
     @cached_property
     def cells(self) -> pd.DataFrame:
         return harm.gather(self.run)
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """Learning curves, of scans too."""
+        return results.load_curves(self.run, scans=True)
+
+    @cached_property
+    def censored(self) -> pd.DataFrame:
+        """`price.censored` of the run."""
+        return price.censored(self.cells, self.curves)
+
+    @cached_property
+    def censored_keys(self) -> set[str]:
+        """The cells that `censored` says ended before healing was over."""
+        return price.censored_keys(self.cells, self.censored)
+
+    @cached_property
+    def answers(self) -> Callable[[str], np.ndarray | None]:
+        """What a cell answers right, by its key: (items,), None where that is not recorded."""
+        return results.load_answers(self.run).get
 
     @cached_property
     def models(self) -> list[str]:
@@ -110,52 +130,51 @@ class Tables:
                     found.append((names | {"variant": words, "main": main}, part))
         return found
 
-    def healed(self, value: str, by_level: bool = True) -> Iterator[tuple[dict, pd.DataFrame]]:
-        """`value` of the healed cells of whole layers by side, of every model and variant: names,
-        and a frame with rows (task, seed) and columns (side, level). The main grid is one variant;
-        what lies beside it is told for each level, since scans differ in tasks and seeds, or with
-        `by_level` false for the units that have all of its levels."""
+    def healed(self, by_level: bool = True) -> Iterator[tuple[dict, pd.DataFrame]]:
+        """The healed cells of whole layers by side, of every model and variant, with names. The
+        main grid is one variant; what lies beside it is told for each level, since scans differ in
+        tasks and seeds, or with `by_level` false for the units that have all of its levels."""
         cells = harm.by_side(self.cells[self.cells["state"] == "healed"])
         cells = cells.sort_values("variant", key=lambda words: words != "reinit", kind="stable")
         for names, part in groups(cells, ["model", "variant"]):
             main = part["scan"] == "main"
             if main.any():
-                own = names | {"main": names["variant"] == "reinit"}
-                yield own, _by_place(part[main], value)
+                yield names | {"main": names["variant"] == "reinit"}, part[main]
             rest = part[~main]
             for level, own in rest.groupby("level") if by_level else [(1, rest)]:
                 told = f", {as_fraction(level)}" if level < 1 else ""
                 if len(own):
-                    wide = _by_place(own, value)
-                    yield names | {"variant": names["variant"] + told, "main": False}, wide
+                    yield names | {"variant": names["variant"] + told, "main": False}, own
 
 
-def _by_place(cells: pd.DataFrame, value: str) -> pd.DataFrame:
-    wide = cells.pivot(index=["task", "seed"], columns=["side", "level"], values=value)
-    return wide.sort_index(axis=1)
+PLACE = ["side", "level"]
 
 
-def _effects(names: dict, effects: pd.Series) -> pd.DataFrame:
-    """Units; beside the main grid only those that are there, since scans have their own seeds."""
-    return units(names, effects if names["main"] else effects.dropna())
+def _sides(part: pd.DataFrame) -> list[str]:
+    return [side for side in ("bottom", "top") if side in set(part["side"])]
 
 
-def _sides(wide: pd.DataFrame) -> list[str]:
-    return [side for side in ("bottom", "top") if side in wide]
+def _share(part: pd.DataFrame) -> float:
+    """What each place (side and level) of a mean over them weighs."""
+    return 1 / len(part[PLACE].drop_duplicates())
 
 
 @claim("A1", "Corrupted models do not fully recover", "paper A, abstract",
        "healed cells with their intact model", stages=TRAINED, demonstrates=False)  # fmt: skip
 def loss(tables: Tables) -> Iterator[pd.DataFrame]:
-    """intact - healed at the same budget, averaged over the levels and the sides."""
-    for names, wide in tables.healed("loss"):
-        sides = _sides(wide)
-        if len(sides) == 2:
-            yield _effects(names, wide[sides].mean(axis=1, skipna=False))
-        for side in [*sides, *(["all"] if "all" in wide else [])]:
-            where = "all layers" if side == "all" else side
-            own = names | {"variant": f"{names['variant']}, {where}", "main": False}
-            yield _effects(own, wide[side].mean(axis=1, skipna=False))
+    """intact - healed at the same budget, averaged over the levels and the sides. The verdict
+    counts a censored cell as recovered: it says how fast it heals, not how far."""
+    for names, part in tables.healed():
+        unsure = part["key"].isin(tables.censored_keys)
+        best = part[["score", "score_intact"]].max(axis=1)
+        part = part.assign(sure=part["score"].mask(unsure, best))
+        sides = _sides(part)
+        both = [(sides, "")] if len(sides) == 2 else []
+        for chosen, where in [*both, *(([s], f", {s}") for s in sides), (["all"], ", all layers")]:
+            own = part[part["side"].isin(chosen)]
+            if len(own):
+                told = {"variant": names["variant"] + where, "main": names["main"] and not where}
+                yield contrast(names | told, apart(own, "intact", -_share(own)))
 
 
 @claim("A2", "The more is corrupted, the more is lost", "paper A, abstract",
@@ -163,42 +182,43 @@ def loss(tables: Tables) -> Iterator[pd.DataFrame]:
 def rise(tables: Tables) -> Iterator[pd.DataFrame]:
     """Least-squares slope of the loss on the level, times the range of levels below 1; the mean of
     the sides. (Level 1 contains the bottom: it would tell which layers were hit.)"""
-    for names, wide in tables.healed("loss", by_level=False):
-        slopes = {}
-        for side in _sides(wide):
-            levels = np.array(wide[side].columns, dtype=float)
+    for names, part in tables.healed(by_level=False):
+        slopes = []
+        for side in _sides(part):
+            own = part[part["side"] == side]
+            levels = own["level"].unique()
             if len(levels) > 1:
-                centred = levels - levels.mean()
-                slopes[side] = wide[side] @ (centred / (centred**2).sum() * np.ptp(levels))
+                weight = (own["level"] - levels.mean()) * np.ptp(levels)
+                slopes.append(apart(own, "intact", -weight / ((levels - levels.mean()) ** 2).sum()))
         if len(slopes) == 2:
-            yield _effects(names, pd.DataFrame(slopes).mean(axis=1, skipna=False))
-        for side, slope in slopes.items():
-            own = names | {"variant": f"{names['variant']}, {side}", "main": False}
-            yield _effects(own, slope)
+            yield contrast(names, pd.concat(slopes).assign(weight=lambda rows: rows["weight"] / 2))
+        for slope in slopes:
+            where = {"variant": f"{names['variant']}, {slope['side'].iloc[0]}", "main": False}
+            yield contrast(names | where, slope)
 
 
 @claim("A3", "Corrupting the bottom layers costs more than corrupting as many top layers",
        "paper A, abstract", "healed cells of both sides at one level", stages=TRAINED)  # fmt: skip
 def side_difference(tables: Tables) -> Iterator[pd.DataFrame]:
     """healed(top) - healed(bottom) at the same level, averaged over the levels."""
-    for names, wide in tables.healed("score"):
-        if len(_sides(wide)) == 2:
-            difference = (wide["top"] - wide["bottom"]).dropna(axis=1, how="all")
-            yield _effects(names, difference.mean(axis=1, skipna=False))
+    for names, part in tables.healed():
+        own = part[part["side"].isin(["bottom", "top"])]
+        own = own[own.groupby("level")["side"].transform("nunique") == 2]
+        if len(own):
+            sign = own["side"].map({"top": 2.0, "bottom": -2.0})
+            yield contrast(names, own.assign(weight=sign * _share(own)))
 
 
 def _controls(tables: Tables, control: str) -> Iterator[pd.DataFrame]:
     healed = tables.cells[(tables.cells["state"] == "healed") & (tables.cells["part"] == "all")]
     paired = ["model", "variant", "level", "task", "seed"]
     beside, bottom = (
-        harm.once(healed[healed["side"] == side])[[*paired, "score"]]
+        harm.once(healed[healed["side"] == side])[[*paired, "side", "key", "score"]]
         for side in (control, "bottom")
     )
     both = beside.merge(bottom, on=paired, suffixes=("", "_bottom"))
-    both["effect"] = both["score"] - both["score_bottom"]
     for names, part in groups(both, ["model", "variant"]):
-        mean = part.groupby(["task", "seed"])["effect"].mean()
-        yield units(names | {"main": False}, mean)
+        yield contrast(names | {"main": False}, apart(part, "bottom", _share(part)))
 
 
 @claim("A3-random", "The bottom costs more than as many layers drawn at random",
@@ -220,15 +240,15 @@ def against_scattered(tables: Tables) -> Iterator[pd.DataFrame]:
 def worth(tables: Tables) -> Iterator[pd.DataFrame]:
     """healed - scratch at the same budget, by side and level."""
     cells, paired = tables.cells, ["model", "task", "seed", *harm.BUDGET]
-    scratch = harm.once(cells[cells["state"] == "scratch"], paired)[[*paired, "score"]]
+    scratch = cells[cells["state"] == "scratch"]
+    scratch = harm.once(scratch, paired)[[*paired, "key", "score"]]
     plain = (cells["start"] == "pre-trained") & (cells["recipe"] == "full")
     healed = harm.by_side(cells[(cells["state"] == "healed") & plain])
     both = healed.merge(scratch, on=paired, suffixes=("", "_scratch"))
-    both["effect"] = both["score"] - both["score_scratch"]
     both["variant"] = [f"{row['variant']}, {harm.place_name(row)}" for _, row in both.iterrows()]
     both = both.sort_values("harm", key=lambda harm: harm != "reinit", kind="stable")
     for names, part in groups(both, ["model", "variant"]):
-        yield units(names | {"main": False}, part.set_index(["task", "seed"])["effect"])
+        yield contrast(names | {"main": False}, apart(part, "scratch"))
 
 
 @claim("B1", "RTE, MRPC and STS-B preserve linguistic knowledge in the higher layers, SST-2, QNLI "
@@ -315,6 +335,8 @@ def healing_gap(tables: Tables) -> Iterator[pd.DataFrame]:
     and of the corrupted layers' probes. Both parts of a quotient are summed over the sides. Tasks
     at chance, and those on which intact - broken is within its interval of zero, have no quotient:
     the variant names them."""
+    healed = harm.by_side(tables.cells[tables.cells["state"] == "healed"])
+    healed = healed[healed["usual"] & (healed["variant"] == healed["harm"].map(harm.harm_name))]
     for names, part in tables.healed_knowledge:
         places = len(part[["side", "level"]].drop_duplicates())
         columns = ["intact", "broken", "healed", "knew", "broke", "knows"]
@@ -329,7 +351,9 @@ def healing_gap(tables: Tables) -> Iterator[pd.DataFrame]:
         kept = lost.drop(index=without, level="task")
         effect = (kept.healed - kept.broken) / kept.score - (kept.knows - kept.broke) / kept.words
         told = f", without {', '.join(without)}" if without else ""
-        yield units(names | {"variant": names["variant"] + told}, effect)
+        same = ["model", "task", "side", "level", "kind", "seed"]
+        cells = part[same].merge(healed, on=same)
+        yield units(names | {"variant": names["variant"] + told}, effect, cells)
 
 
 @claim("H-gap", "After healing the corrupted layers know less about words than intact ones",
@@ -368,7 +392,7 @@ def _recipes(tables: Tables, first: str, second: str) -> Iterator[pd.DataFrame]:
         for _, row in both.iterrows()
     ]  # fmt: skip
     for names, part in groups(both, ["model", "variant"]):
-        yield units(names | {"main": False}, part.set_index(["task", "seed"])["gain"])
+        yield contrast(names | {"main": False}, apart(part, "other"))
 
 
 @claim("D", "Taking corrupted layers out heals more than training them", "this study",
@@ -444,7 +468,7 @@ def probing_does_not_predict(tables: Tables) -> Iterator[pd.DataFrame]:
                 accuracy = curves.loc[seed, at].to_numpy()
                 effects[place["task"], seed] = -stats.spearmanr(accuracy, rows["loss"]).statistic
         if effects:
-            yield units(names | {"variant": "", "main": False}, pd.Series(effects))
+            yield units(names | {"variant": "", "main": False}, pd.Series(effects), part)
 
 
 @claim("T2", "A pre-trained layer is worth more the fewer the labelled examples",
@@ -456,12 +480,12 @@ def fewer_examples(tables: Tables) -> Iterator[pd.DataFrame]:
     cells = cells[(cells["state"] == "healed") & (cells["recipe"] == "full")]
     cells = cells[(cells["part"] == "all") & cells["side"].isin(["bottom", "top"])]
     for names, part in groups(cells, ["model", "side"]):
-        wide = part.pivot_table(index=["task", "seed"], columns="train_size", values="loss")
-        if wide.shape[1] > 2:
-            examples = np.log10(np.array(wide.columns, dtype=float))
-            centred = examples - examples.mean()
-            slope = wide.dropna() @ (centred / (centred**2).sum())
-            yield units(names | {"variant": f"{names['side']} layer", "main": False}, -slope)
+        sizes = part["train_size"].unique().astype(float)
+        if len(sizes) > 2:
+            centred = np.log10(part["train_size"].astype(float)) - np.log10(sizes).mean()
+            slope = centred / ((np.log10(sizes) - np.log10(sizes).mean()) ** 2).sum()
+            where = {"variant": f"{names['side']} layer", "main": False}
+            yield contrast(names | where, apart(part, "intact", slope))
 
 
 @claim("Z1", "Redrawing the top layers with the model's own initialiser does not hurt",
@@ -476,4 +500,4 @@ def fresh_top(tables: Tables) -> Iterator[pd.DataFrame]:
         few = few[few["level"] == few["level"].min()]
         size, place = few["train_size"].iloc[0], harm.place_name(few.iloc[0])
         words = {"variant": f"{place}, {size:,.0f} examples", "main": False}
-        yield units(names | words, -few.set_index(["task", "seed"])["loss"])
+        yield contrast(names | words, apart(few, "intact"))

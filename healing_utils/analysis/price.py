@@ -172,6 +172,12 @@ def censored(cells: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*head, *names, "censored"])
 
 
+def censored_keys(cells: pd.DataFrame, table: pd.DataFrame) -> set[str]:
+    """The cells that the table of `censored` says ended before healing was over."""
+    same = [*SETTING, *_ALIKE, "train_size", "epochs"]
+    return set(cells.merge(table.loc[table["censored"], same], on=same)["key"])
+
+
 def _rises(curves: pd.DataFrame) -> pd.DataFrame:
     """How much of the held-out score of each training came in its last quarter (half at most,
     where it was looked at seldom; else it is not known)."""

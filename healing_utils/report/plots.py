@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from healing_utils.analysis.effects import as_fraction, layer_tuple, t_interval
+from healing_utils.analysis.effects import layer_tuple, t_interval
+from healing_utils.analysis.harm import place
 from healing_utils.base.errors import HealingError
 
 PAGE = 6.9  # inches
@@ -283,13 +284,6 @@ def everywhere(frame: pd.DataFrame, rows: pd.Series, column: str) -> pd.DataFram
     values = frame.loc[~rows, column].unique()
     copies = [frame[rows].assign(**{column: value}) for value in values]
     return pd.concat([*(copies or [frame[rows]]), frame[~rows]])
-
-
-def place(side: str, level: float, layers: Sequence[int] = ()) -> str:
-    """Where a corruption hit: ``bottom 1/2``, ``all layers``; chosen ones as `LAYER` counts."""
-    if side == "custom" and len(layers):
-        return "layers " + ", ".join(str(layer + 1) for layer in layers)
-    return "all layers" if side == "all" else f"{side} {as_fraction(level)}"
 
 
 def seeds(counts: Iterable[float], of: str = "mean of ") -> str:
