@@ -111,7 +111,7 @@ def apart(rows: pd.DataFrame, other: str, weight: float | pd.Series = 1.0) -> pd
 def contrast(names: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
     """Units whose effect is the sum of weight x score over rows ``task seed key score weight``. A
     unit that lacks one of the rows has none; beside the main grid it is left out, as scans have
-    their own seeds. A ``sure`` score is what a claim that something does not recover may count on."""
+    their own seeds. A score ``sure`` is what a claim of a lack of recovery may count on."""
     most = rows.groupby(["task", "seed"]).size().max()
 
     def total(name: str) -> pd.Series:
@@ -284,7 +284,7 @@ def in_words(claims: pd.DataFrame) -> list[str]:
         effect, low, high = (100 * value for value in (row.effect, row.low, row.high))
         p = f"corrected p {row.p_corrected:.3f}" if row.primary else f"p {row.p:.3f}, exploratory"
         said = [
-            f"{effect:.1f} points, 95 % interval {low:.1f} to {high:.1f}, "
+            f"{effect:z.1f} points, 95 % interval {low:z.1f} to {high:z.1f}, "
             f"{count(row.n, 'seed')} on {row.tasks}",
             f"{p}, {row.reason}",
         ]

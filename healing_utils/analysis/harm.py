@@ -39,9 +39,9 @@ def gather(
 def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
     """The tables of task stages put together, with further columns: `scan`, ``main`` for the main
     grid; `harm`, the kind with its strength; `intact`, the score of the intact model of the same
-    model, task, seed and budget, and `key_intact`; `loss` = intact - score; `retained` = score / intact; `usual`,
-    whether the budget is that of the study's parameters, and `budget`, in words how it differs;
-    `variant`, in words harm, recipe, start and budget."""
+    model, task, seed and budget (also `score_intact`), and `key_intact`; `loss` = intact - score;
+    `retained` = score / intact; `usual`, whether the budget is that of the study's parameters, and
+    `budget`, in words how it differs; `variant`, in words harm, recipe, start and budget."""
     cells = cells[cells["state"] != "untrained"].reset_index(drop=True)  # a floor, no harm
     cells["scan"] = cells["scan"].fillna("main") if "scan" in cells else "main"
     cells["level"] = cells["level"].astype(float).round(LEVEL_DIGITS)

@@ -9,144 +9,25 @@ arXiv 2105.15179.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from functools import cache, cached_property, partial
-from itertools import product
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from healing_utils.analysis import harm, knowledge, price, results
+from healing_utils.analysis import harm, knowledge
 from healing_utils.analysis.claims import apart, claim, contrast, units
-from healing_utils.analysis.effects import as_fraction, groups, t_interval
+from healing_utils.analysis.effects import groups, t_interval
+from healing_utils.analysis.evidence import FORGET, PRESERVE, Tables
 from healing_utils.analysis.knowledge import before_after, deeper_half
 from healing_utils.analysis.price import by_examples
-from healing_utils.base.paths import run_folder
 
 TRAINED = ("baseline", "recovery", "scans")
 PROBED = ("probing",)
+BROKEN = ("baseline", "corruption", "harms")
 # Shares of accuracy, of depth, or of what was known before: 0.02 is a quarter of one layer of
 # twelve, and what a probe of random labels shows by chance.
 KNOWLEDGE_MARGIN = 0.02
-FORGET = {"sst2", "qnli", "mnli"}  # paper B: which tasks forget linguistic knowledge
-PRESERVE = {"rte", "mrpc", "stsb"}
-
-
-class Tables:
-    """The tables of a run that claims are about, read when asked for; empty without records."""
-
-    def __init__(self, run: str | Path):
-        self.run = run_folder(run)
-        # Names of the planned cells of a stage without a record.
-        self.missing = cache(partial(results.missing_cells, self.run))
-
-    def _stage(self, stage: str) -> pd.DataFrame:
-        there = results.has_stage(self.run, stage)
-        empty = pd.DataFrame(columns=results.COLUMNS[stage])
-        return results.load_results(self.run, stage) if there else empty
-
-    @cached_property
-    def cells(self) -> pd.DataFrame:
-        return harm.gather(self.run)
-
-    @cached_property
-    def curves(self) -> pd.DataFrame:
-        """Learning curves, of scans too."""
-        return results.load_curves(self.run, scans=True)
-
-    @cached_property
-    def censored(self) -> pd.DataFrame:
-        """`price.censored` of the run."""
-        return price.censored(self.cells, self.curves)
-
-    @cached_property
-    def censored_keys(self) -> set[str]:
-        """The cells that `censored` says ended before healing was over."""
-        return price.censored_keys(self.cells, self.censored)
-
-    @cached_property
-    def answers(self) -> Callable[[str], np.ndarray | None]:
-        """What a cell answers right, by its key: (items,), None where that is not recorded."""
-        return results.load_answers(self.run).get
-
-    @cached_property
-    def models(self) -> list[str]:
-        return list(dict.fromkeys([*self.cells["model"], *self.probing["model"]]))
-
-    @cached_property
-    def probing(self) -> pd.DataFrame:
-        table = self._stage("probing")
-        return knowledge.checked(table[table["scan"] == "main"])
-
-    @cached_property
-    def equally_trained(self) -> pd.DataFrame:
-        """Probes of pre-trained models and of intact ones, these after one number of steps: that
-        at which most tasks of `FORGET` and `PRESERVE` were probed, some of both; else none."""
-        table = self._stage("probing")
-        table = table[table["state"].isin(["pretrained", "intact"])]
-        steps = table["key"].map(results.probed_steps(self.run))
-        tasks = {at: set(own["task"]) for at, own in table.groupby(steps)}
-        both = {
-            at: t & (FORGET | PRESERVE) for at, t in tasks.items() if t & FORGET and t & PRESERVE
-        }
-        best = max(both, key=lambda at: len(both[at]), default=math.nan)
-        kept = harm.once(
-            table[(steps == best) | (table["state"] == "pretrained")],
-            ["model", "state", "task", "seed", "corpus", "column", "layer"],
-        )
-        return knowledge.checked(kept)
-
-    @cached_property
-    def neurons(self) -> pd.DataFrame:
-        return knowledge.checked(self._stage("neurons"), "neurons")
-
-    @cached_property
-    def scores(self) -> pd.DataFrame:
-        """Task scores of the models that were probed."""
-        return results.load_probed_scores(self.run) if len(self.probing) else self.cells.head(0)
-
-    @cached_property
-    def at_chance(self) -> set[tuple[str, str]]:
-        """(model, task) of the probed tasks whose intact score is not above chance, by an interval
-        over seeds: of one seed it cannot be said."""
-        left = knowledge.above_chance(self.scores)[1].query("n > 1")
-        return set(zip(left["model"], left["task"], strict=True))
-
-    @cached_property
-    def healed_knowledge(self) -> list[tuple[dict, pd.DataFrame]]:
-        """`knowledge.healing_by_cell` of every model, by every measure that the run has."""
-        found = []
-        healed = self.probing[self.probing["state"].eq("healed")]
-        healed = healed[healed["side"].isin(["bottom", "top"])]
-        for kind, measure in product(dict.fromkeys(healed["kind"]), knowledge.MEASURES):
-            if measure in healed and healed[measure].notna().any():
-                rows = knowledge.healing_by_cell(self.probing, self.scores, kind, measure)
-                main = kind == "reinit" and measure == "accuracy"
-                words = measure if kind == "reinit" else f"{kind}, {measure}"
-                for names, part in groups(rows, ["model"]):
-                    found.append((names | {"variant": words, "main": main}, part))
-        return found
-
-    def healed(self, by_level: bool = True) -> Iterator[tuple[dict, pd.DataFrame]]:
-        """The healed cells of whole layers by side, of every model and variant, with names. The
-        main grid is one variant; what lies beside it is told for each level, since scans differ in
-        tasks and seeds, or with `by_level` false for the units that have all of its levels."""
-        cells = harm.by_side(self.cells[self.cells["state"] == "healed"])
-        cells = cells.sort_values("variant", key=lambda words: words != "reinit", kind="stable")
-        for names, part in groups(cells, ["model", "variant"]):
-            main = part["scan"] == "main"
-            if main.any():
-                yield names | {"main": names["variant"] == "reinit"}, part[main]
-            rest = part[~main]
-            for level, own in rest.groupby("level") if by_level else [(1, rest)]:
-                told = f", {as_fraction(level)}" if level < 1 else ""
-                if len(own):
-                    yield names | {"variant": names["variant"] + told, "main": False}, own
-
-
 PLACE = ["side", "level"]
 
 
@@ -428,12 +309,12 @@ def healthy_part_heals(tables: Tables) -> Iterator[pd.DataFrame]:
 
 @claim("C1", "Some layers are critical and others robust to being redrawn, without training",
        "Zhang, Bengio and Singer 2019 (1902.01996), abstract", "every layer broken alone",
-       stages=("baseline", "corruption", "harms"), demonstrates=False)  # fmt: skip
+       stages=BROKEN, demonstrates=False)  # fmt: skip
 def critical_layers(tables: Tables) -> Iterator[pd.DataFrame]:
     """Retained score of the median layer minus that of the layer that is worst on the other
     seeds."""
     broken = tables.cells[(tables.cells["state"] == "broken") & (tables.cells["part"] == "all")]
-    broken = harm.once(harm.single_layers(broken))
+    broken = harm.once(harm.single_layers(broken[broken["recipe"] == "full"]))
     for names, part in groups(broken, ["model"]):
         effects = {}
         for (task,), rows in part.groupby(["task"]):
@@ -501,3 +382,68 @@ def fresh_top(tables: Tables) -> Iterator[pd.DataFrame]:
         size, place = few["train_size"].iloc[0], harm.place_name(few.iloc[0])
         words = {"variant": f"{place}, {size:,.0f} examples", "main": False}
         yield contrast(names | words, apart(few, "intact"))
+
+
+def _broken_by(tables: Tables, kind: str, control: str) -> Iterator[pd.DataFrame]:
+    """broken by `control` - broken by `kind`, of the same strength, at the same place."""
+    broken = harm.once(tables.cells[tables.cells["state"] == "broken"])
+    same = ["model", "task", "seed", "part", "side", "level", "layers", "strength"]
+    worse = broken.loc[broken["kind"] == kind, [*same, "key", "score"]]
+    both = broken[broken["kind"] == control].merge(worse, on=same, suffixes=("", "_kind"))
+    names = zip(map(harm.harm_name, both["harm"]), map(harm.place_name, both.iloc), strict=True)
+    both["variant"] = [", ".join(words) for words in names]
+    for names, part in groups(both, ["model", "variant", "part"]):
+        told = {name: names[name] for name in ("model", "variant")} | {"main": False}
+        told["variant"] += "" if names["part"] == "all" else f", {names['part']}"
+        yield contrast(told, apart(part, "kind"))
+
+
+@claim("K1", "Disabling the few outlier weights of LayerNorm costs more than as many others",
+       "Kovaleva et al. 2021 (2105.06990), abstract", "broken cells of the kinds outliers and "
+       "outliers_control, of one strength, neither of which there is yet", stages=BROKEN,
+       demonstrates=False)  # fmt: skip
+def outliers(tables: Tables) -> Iterator[pd.DataFrame]:
+    """broken(as many other LayerNorm weights) - broken(outliers), the strength being how many."""
+    return _broken_by(tables, "outliers", "outliers_control")
+
+
+@claim("G1", "Flips of the highest exponent bit are critical, flips elsewhere hardly matter",
+       "Gao et al. 2025 (10.1109/TNANO.2025.3531721), abstract", "broken cells of the kinds "
+       "bits_exponent and bits_other, of one rate, neither of which there is yet", stages=BROKEN,
+       demonstrates=False)  # fmt: skip
+def exponent_bits(tables: Tables) -> Iterator[pd.DataFrame]:
+    """broken(other bits flipped) - broken(highest exponent bits flipped) at the same rate."""
+    return _broken_by(tables, "bits_exponent", "bits_other")
+
+
+def _deleted(tables: Tables) -> pd.DataFrame:
+    """Fine-tuned models without some of their layers, not trained again."""
+    cells = tables.cells[(tables.cells["state"] == "broken") & (tables.cells["part"] == "all")]
+    return cells[cells["recipe"] == "drop"]
+
+
+@claim("P1", "The top layers of a fine-tuned model can be taken out without training",
+       "Phang et al. 2021 (2109.08406), abstract", "broken cells of top layers by the recipe drop, "
+       "which no stage makes yet", stages=BROKEN, direction="not worse")  # fmt: skip
+def top_taken_out(tables: Tables) -> Iterator[pd.DataFrame]:
+    """intact without its top layers - intact, at the smallest level."""
+    top = harm.by_side(_deleted(tables))
+    top = top[top["side"] == "top"]
+    for names, part in groups(top[top["level"] == top["level"].min()], ["model"]):
+        words = {"variant": harm.place_name(part.iloc[0]), "main": False}
+        yield contrast(names | words, apart(part, "intact"))
+
+
+@claim("L1", "Taking out a middle layer without training costs least, the first or last most",
+       "Lad et al. 2024 (2406.19384), abstract (decoders)", "broken cells of every single layer by "
+       "the recipe drop, which no stage makes yet", stages=BROKEN, demonstrates=False)  # fmt: skip
+def middle_costs_least(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Loss of taking out the first or last layer (mean) - that of one between them (mean)."""
+    alone = harm.once(harm.single_layers(_deleted(tables)))
+    for names, part in groups(alone, ["model"]):
+        depth, at = part["n_layers"].iloc[0], part["layers"].map(lambda layers: layers[0])
+        if at.nunique() == depth > 2:
+            ends = at.isin([0, depth - 1])
+            weight = ends.map({True: -0.5, False: 1 / (depth - 2)})
+            words = {"variant": "", "main": False}
+            yield contrast(names | words, part.assign(weight=weight))
