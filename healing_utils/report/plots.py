@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from healing_utils.analysis.effects import layer_tuple, t_interval
+from healing_utils.analysis.effects import t_interval
 from healing_utils.analysis.harm import place
 from healing_utils.base.errors import HealingError
 
@@ -165,7 +165,7 @@ def curves(
 def sided(frame: pd.DataFrame, kind: str = "kind") -> tuple[pd.DataFrame, dict[str, dict]]:
     """With columns `line`, of the state of whole networks and else of side, level and kind, and
     `color`; and how each line looks: darker for more layers, dashed for kinds but reinit."""
-    layers = frame["layers"].map(layer_tuple) if "layers" in frame else [()] * len(frame)
+    layers = frame["layers"] if "layers" in frame else [()] * len(frame)
     whole = frame["state"].isin(["intact", "scratch", "untrained"])
     other = frame[kind].where(~whole & (frame[kind] != "reinit"), "")
     line = list(map(place, frame["side"], frame["level"], layers))

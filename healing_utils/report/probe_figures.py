@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
-from healing_utils.analysis.effects import layer_tuple, means
+from healing_utils.analysis.effects import means
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.report import plots
 from healing_utils.report.plots import COLORS, DASH, DASH_DOT, DOTS, captioned
@@ -181,7 +181,6 @@ def _cells(table: pd.DataFrame, value: str, states: list[str]) -> pd.DataFrame:
     and column), `damage` (where the layers were hit) and `network` (the model, in words)."""
     frame = plots.usable(table[table.state.isin(states)] if len(table) else table, value)
     frame = frame.assign(damage="", place=frame.corpus + " \N{MIDDLE DOT} " + frame["column"])
-    frame["layers"] = frame.layers.map(layer_tuple)
     harmed = frame.state.isin(["broken", "healed"])
     damage = pd.Series(map(plots.place, frame.side, frame.level, frame.layers), frame.index)
     damage += ", " + frame.kind if frame.kind[harmed].nunique() > 1 else ""
