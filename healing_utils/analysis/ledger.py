@@ -10,6 +10,7 @@ arXiv 2105.15179.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -90,46 +91,39 @@ def side_difference(tables: Tables) -> Iterator[pd.DataFrame]:
             yield contrast(names, own.assign(weight=sign * _share(own)))
 
 
-def _controls(tables: Tables, control: str) -> Iterator[pd.DataFrame]:
+def _pairs(first: pd.DataFrame, second: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    """Cells beside those of `second` that are alike in `same`, as `apart` takes them."""
+    theirs = harm.once(second, same)[[*same, "key", "score"]]
+    return first.merge(theirs, on=same, suffixes=("", "_other"))
+
+
+def _controls(side: str, tables: Tables) -> Iterator[pd.DataFrame]:
     healed = tables.cells[(tables.cells["state"] == "healed") & (tables.cells["part"] == "all")]
-    paired = ["model", "variant", "level", "task", "seed"]
-    beside, bottom = (
-        harm.once(healed[healed["side"] == side])[[*paired, "side", "key", "score"]]
-        for side in (control, "bottom")
-    )
-    both = beside.merge(bottom, on=paired, suffixes=("", "_bottom"))
+    control, bottom = (healed[healed["side"] == name] for name in (side, "bottom"))
+    both = _pairs(harm.once(control), bottom, ["model", "variant", "level", "task", "seed"])
     for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names | {"main": False}, apart(part, "bottom", _share(part)))
+        yield contrast(names | {"main": False}, apart(part, "other", _share(part)))
 
 
-@claim("A3-random", "The bottom costs more than as many layers drawn at random",
-       "a control of this study", "a scan with sides: random", stages=TRAINED)  # fmt: skip
-def against_random(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed(random layers) - healed(bottom), same kind and level."""
-    return _controls(tables, "random")
-
-
-@claim("A3-scattered", "The bottom costs more than as many values scattered over all layers",
-       "a control of this study", "a scan with sides: scattered", stages=TRAINED)  # fmt: skip
-def against_scattered(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed(scattered values) - healed(bottom), same kind and level."""
-    return _controls(tables, "scattered")
+for _side, _drawn in (("random", "layers drawn at random"),
+                      ("scattered", "values scattered over all layers")):  # fmt: skip
+    claim(f"A3-{_side}", f"The bottom costs more than as many {_drawn}", "a control of this study",
+          f"a scan with sides: {_side}", stages=TRAINED)(partial(_controls, _side))  # fmt: skip
 
 
 @claim("W", "A corrupted model is worth more than random initial values",
        "this study", "healed and scratch cells", stages=TRAINED)  # fmt: skip
 def worth(tables: Tables) -> Iterator[pd.DataFrame]:
     """healed - scratch at the same budget, by side and level."""
-    cells, paired = tables.cells, ["model", "task", "seed", *harm.BUDGET]
+    cells = tables.cells[(tables.cells["start"] == "pre-trained")]
+    cells = cells[cells["recipe"] == "full"]
+    healed = harm.by_side(cells[cells["state"] == "healed"])
     scratch = cells[cells["state"] == "scratch"]
-    scratch = harm.once(scratch, paired)[[*paired, "key", "score"]]
-    plain = (cells["start"] == "pre-trained") & (cells["recipe"] == "full")
-    healed = harm.by_side(cells[(cells["state"] == "healed") & plain])
-    both = healed.merge(scratch, on=paired, suffixes=("", "_scratch"))
+    both = _pairs(healed, scratch, ["model", "task", "seed", *harm.BUDGET])
     both["variant"] = [f"{row['variant']}, {harm.place_name(row)}" for _, row in both.iterrows()]
     both = both.sort_values("harm", key=lambda harm: harm != "reinit", kind="stable")
     for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names | {"main": False}, apart(part, "scratch"))
+        yield contrast(names | {"main": False}, apart(part, "other"))
 
 
 @claim("B1", "RTE, MRPC and STS-B preserve linguistic knowledge in the higher layers, SST-2, QNLI "
@@ -261,8 +255,7 @@ def forgotten(tables: Tables) -> Iterator[pd.DataFrame]:
         yield from _beside_chance(tables, model, drops)
 
 
-def _recipes(tables: Tables, first: str, second: str) -> Iterator[pd.DataFrame]:
-    """score by the recipe `first` - score by `second` of the same corrupted model and budget."""
+def _recipes(first: str, second: str, tables: Tables) -> Iterator[pd.DataFrame]:
     both = harm.beside_recipe(tables.cells, second)
     both = both[both["recipe"] == first]
     both["variant"] = [
@@ -276,35 +269,22 @@ def _recipes(tables: Tables, first: str, second: str) -> Iterator[pd.DataFrame]:
         yield contrast(names | {"main": False}, apart(part, "other"))
 
 
-@claim("D", "Taking corrupted layers out heals more than training them", "this study",
-       "recipes drop and full", stages=TRAINED)  # fmt: skip
-def dropped(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed by drop - healed by full fine-tuning."""
-    return _recipes(tables, "drop", "full")
-
-
-@claim("S1", "Training the damaged part alone does as well as training everything",
-       "Lee et al. 2023, surgical fine-tuning (2210.11466); 2310.17041",
-       "recipes corrupted_only and full", stages=TRAINED, direction="not worse")  # fmt: skip
-def damaged_part_alone(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed by the corrupted layers alone - healed by full fine-tuning."""
-    return _recipes(tables, "corrupted_only", "full")
-
-
-@claim("R1", "Low-rank adapters heal less than training all weights",
-       "Kim et al. 2024 (2402.02834), abstract (decoders)", "recipes low_rank and full",
-       stages=TRAINED)  # fmt: skip
-def low_rank_less(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed by full fine-tuning - healed by low-rank adapters."""
-    return _recipes(tables, "full", "low_rank")
-
-
-@claim("X1", "Freezing the damaged part and training the healthy one heals",
-       "2508.04749, abstract (mixture of experts)", "recipes corrupted_frozen and head_only",
-       stages=TRAINED)  # fmt: skip
-def healthy_part_heals(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed with the corrupted layers frozen - healed by the head alone."""
-    return _recipes(tables, "corrupted_frozen", "head_only")
+# Score by the first recipe - score by the second, of the same corrupted model and budget.
+for _name, _first, _second, _direction, _statement, _source in (
+    ("D", "drop", "full", "more",
+     "Taking corrupted layers out heals more than training them", "this study"),
+    ("S1", "corrupted_only", "full", "not worse",
+     "Training the damaged part alone does as well as training everything",
+     "Lee et al. 2023, surgical fine-tuning (2210.11466); 2310.17041"),
+    ("R1", "full", "low_rank", "more",
+     "Low-rank adapters heal less than training all weights",
+     "Kim et al. 2024 (2402.02834), abstract (decoders)"),
+    ("X1", "corrupted_frozen", "head_only", "more",
+     "Freezing the damaged part and training the healthy one heals",
+     "2508.04749, abstract (mixture of experts)"),
+):  # fmt: skip
+    claim(_name, _statement, _source, f"recipes {_first} and {_second}", stages=TRAINED,
+          direction=_direction)(partial(_recipes, _first, _second))  # fmt: skip
 
 
 @claim("C1", "Some layers are critical and others robust to being redrawn, without training",
@@ -384,36 +364,29 @@ def fresh_top(tables: Tables) -> Iterator[pd.DataFrame]:
         yield contrast(names | words, apart(few, "intact"))
 
 
-def _broken_by(tables: Tables, kind: str, control: str) -> Iterator[pd.DataFrame]:
-    """broken by `control` - broken by `kind`, of the same strength, at the same place."""
+def _kinds(kind: str, control: str, tables: Tables) -> Iterator[pd.DataFrame]:
     broken = harm.once(tables.cells[tables.cells["state"] == "broken"])
     same = ["model", "task", "seed", "part", "side", "level", "layers", "strength"]
-    worse = broken.loc[broken["kind"] == kind, [*same, "key", "score"]]
-    both = broken[broken["kind"] == control].merge(worse, on=same, suffixes=("", "_kind"))
-    names = zip(map(harm.harm_name, both["harm"]), map(harm.place_name, both.iloc), strict=True)
-    both["variant"] = [", ".join(words) for words in names]
-    for names, part in groups(both, ["model", "variant", "part"]):
-        told = {name: names[name] for name in ("model", "variant")} | {"main": False}
-        told["variant"] += "" if names["part"] == "all" else f", {names['part']}"
-        yield contrast(told, apart(part, "kind"))
+    both = _pairs(broken[broken["kind"] == control], broken[broken["kind"] == kind], same)
+    names = zip(both["part"], map(harm.harm_name, both["harm"]), map(harm.place_name, both.iloc),
+                strict=True)  # fmt: skip
+    both["variant"] = [", ".join(words).removeprefix("all, ") for words in names]
+    for names, part in groups(both, ["model", "variant"]):
+        yield contrast(names | {"main": False}, apart(part, "other"))
 
 
-@claim("K1", "Disabling the few outlier weights of LayerNorm costs more than as many others",
-       "Kovaleva et al. 2021 (2105.06990), abstract", "broken cells of the kinds outliers and "
-       "outliers_control, of one strength, neither of which there is yet", stages=BROKEN,
-       demonstrates=False)  # fmt: skip
-def outliers(tables: Tables) -> Iterator[pd.DataFrame]:
-    """broken(as many other LayerNorm weights) - broken(outliers), the strength being how many."""
-    return _broken_by(tables, "outliers", "outliers_control")
-
-
-@claim("G1", "Flips of the highest exponent bit are critical, flips elsewhere hardly matter",
-       "Gao et al. 2025 (10.1109/TNANO.2025.3531721), abstract", "broken cells of the kinds "
-       "bits_exponent and bits_other, of one rate, neither of which there is yet", stages=BROKEN,
-       demonstrates=False)  # fmt: skip
-def exponent_bits(tables: Tables) -> Iterator[pd.DataFrame]:
-    """broken(other bits flipped) - broken(highest exponent bits flipped) at the same rate."""
-    return _broken_by(tables, "bits_exponent", "bits_other")
+# broken by the control - broken by the kind, of the same strength, at the same place.
+for _name, _kind, _control, _statement, _source in (
+    ("K1", "outliers", "outliers_control",
+     "Disabling the few outlier weights of LayerNorm costs more than as many others",
+     "Kovaleva et al. 2021 (2105.06990), abstract"),
+    ("G1", "bits_exponent", "bits_other",
+     "Flips of the highest exponent bit are critical, flips elsewhere hardly matter",
+     "Gao et al. 2025 (10.1109/TNANO.2025.3531721), abstract"),
+):  # fmt: skip
+    claim(_name, _statement, _source, f"broken cells of the kinds {_kind} and {_control}, of one "
+          "strength: there are no such kinds yet", stages=BROKEN, demonstrates=False,
+          )(partial(_kinds, _kind, _control))  # fmt: skip
 
 
 def _deleted(tables: Tables) -> pd.DataFrame:
