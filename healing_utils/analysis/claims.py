@@ -36,18 +36,18 @@ PRIMARY = ("A1", "A3", "H")
 DEMONSTRATION = "demonstration, never evidence: the organism was built so that pre-training matters"
 COLUMNS = [
     "claim", "statement", "source", "model", "variant", "effect", "low", "high", "n", "tasks",
-    "without_low", "without_high", "direction", "margin", "p", "smallest_p", "p_corrected",
-    "primary", "verdict", "reason", "seeds_needed", "evidence",
+    "without_low", "without_high", "test_error", "cells", "censored", "direction", "margin",
+    "p", "smallest_p", "p_corrected", "primary", "verdict", "reason", "seeds_needed", "evidence",
 ]  # fmt: skip
 BY_TASK = ["claim", "model", "variant", "task", "effect", "low", "high", "n"]
-UNIT = ["model", "variant", "main", "task", "seed", "effect"]
+UNIT = ["model", "variant", "main", "task", "seed", "effect", "sure", "cells"]
 
 
 @dataclass(frozen=True)
 class Claim:
     """An entry of the ledger.
 
-    `units(tables)` yields frames of `UNIT` columns: `main` says that all cells are the main grid's.
+    `units(tables)` yields what `units` or `contrast` make.
     `direction` is one of *more*, *not worse*, *same* (`effects.p_value`), `needs` what a run must
     hold, and `stages` where its cells stand; `demonstrates`: on the organism it is no evidence.
     """
@@ -84,10 +84,44 @@ def entries(*names: str) -> dict[str, Claim]:
     return {name: LEDGER[choose(name, LEDGER, "claim")] for name in names}
 
 
-def units(names: dict[str, Any], effects: pd.Series) -> pd.DataFrame:
-    """A frame of units: `effects` has the index (task, seed), `names` the columns before it."""
+def units(
+    names: dict[str, Any], effects: pd.Series, cells: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """A frame of units: `effects` has the index (task, seed), `names` the columns before it, of
+    which `main` says that all cells are the main grid's. `cells` names the cells behind them:
+    ``task seed key`` and, where the effect is the sum of weight x score, ``weight``."""
     frame = effects.rename("effect").rename_axis(["task", "seed"]).reset_index()
-    return frame.assign(**names)[UNIT]
+    frame = frame.assign(**names, sure=frame["effect"], cells=[{}] * len(frame))
+    if cells is not None and len(frame):
+        weights = cells.assign(weight=cells.get("weight", math.nan))
+        sums = weights.groupby(["task", "seed", "key"])["weight"].sum(min_count=1)
+        of = {at: own.droplevel([0, 1]).to_dict() for at, own in sums.groupby(level=[0, 1])}
+        frame["cells"] = [of.get(at, {}) for at in zip(frame.task, frame.seed, strict=True)]
+    return frame[UNIT]
+
+
+def apart(rows: pd.DataFrame, other: str, weight: float | pd.Series = 1.0) -> pd.DataFrame:
+    """Cells, and against them those whose ``score_OTHER`` and ``key_OTHER`` stand beside them, as
+    `contrast` takes them: score - score of the other, times `weight`."""
+    rows = rows.assign(sure=rows["sure"] if "sure" in rows else rows["score"])
+    theirs = {"key": rows[f"key_{other}"], "score": rows[f"score_{other}"], "weight": -weight}
+    return pd.concat([rows.assign(weight=weight), rows.assign(**theirs, sure=theirs["score"])])
+
+
+def contrast(names: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
+    """Units whose effect is the sum of weight x score over rows ``task seed key score weight``. A
+    unit that lacks one of the rows has none; beside the main grid it is left out, as scans have
+    their own seeds. A score ``sure`` is what a claim of a lack of recovery may count on."""
+    most = rows.groupby(["task", "seed"]).size().max()
+
+    def total(name: str) -> pd.Series:
+        each = (rows["weight"] * rows[name]).groupby([rows["task"], rows["seed"]])
+        return each.sum(min_count=most)
+
+    frame = units(names, total("score"), rows)
+    if "sure" in rows:
+        frame["sure"] = total("sure").to_numpy()
+    return frame if names["main"] else frame.dropna(subset="effect")
 
 
 def decide(tables: Any, ledger: dict[str, Claim] = LEDGER) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -108,7 +142,7 @@ def decide(tables: Any, ledger: dict[str, Claim] = LEDGER) -> tuple[pd.DataFrame
         for model in () if every.model.eq("all").any() else tables.models:
             if not every.model.eq(model).any():
                 rows.append(_untested(entry, model))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "each", "problems", "opposite"])
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "each", "sure", "problems", "opposite"])
     table["primary"] = table["primary"].astype(bool)
     for _, part in groups(table[table.primary], ["model"]):
         absent = [math.nan] * (len(PRIMARY) - len(part))  # not made, and still of the family
@@ -130,6 +164,8 @@ def _row(
     wide = wide.replace([math.inf, -math.inf], math.nan)
     complete = wide.dropna()
     values = complete.mean(axis=1).to_numpy()
+    kept = part[part["seed"].isin(complete.index)]
+    keys = {key for made in kept["cells"] for key in made}
     stages = [s for s in entry.stages if not names["main"] or s not in ("scans", "harms")]
     missing = [name for stage in stages for name in tables.missing(stage)]
     problems = (
@@ -147,9 +183,13 @@ def _row(
         "low": interval.low, "high": interval.high, "n": len(values), "tasks": ", ".join(wide),
         "without_low": min(without, default=math.nan),
         "without_high": max(without, default=math.nan), "p": p,
+        "test_error": _test_error(kept, tables.answers) if keys else math.nan,
+        "cells": len(keys) or math.nan,
+        "censored": len(keys & tables.censored_keys) if keys else math.nan,
         "smallest_p": 0.5 ** len(values) if len(values) else math.nan, "p_corrected": math.nan,
         "primary": entry.name in PRIMARY and bool(names["main"]), "verdict": "", "reason": "",
         "seeds_needed": math.nan, "each": values, "problems": problems, "opposite": opposite,
+        "sure": kept.groupby("seed")["sure"].mean().astype(float).to_numpy(),
     }  # fmt: skip
     own = {"claim": entry.name, "model": names["model"], "variant": names["variant"]}
     each = {task: t_interval(complete[task]) for task in wide}
@@ -158,6 +198,20 @@ def _row(
         for task, i in each.items()
     ]
     return row, by_task
+
+
+def _test_error(kept: pd.DataFrame, answers: Callable[[str], np.ndarray | None]) -> float:
+    """Standard error of the effect over the test items, which its cells and seeds share: paired, by
+    what each cell answers right; NaN where that is not recorded. A guide for macro-F1."""
+    errors = []
+    for _, own in kept.groupby("task"):
+        weights = [pair for made in own["cells"] for pair in made.items()]
+        right = [answers(key) for key, _ in weights]
+        if not right or any(x is None or len(x) != len(right[0]) for x in right):
+            return math.nan
+        effect = np.array([weight for _, weight in weights]) @ np.array(right) / len(own)
+        errors.append(effect.std(ddof=1) / math.sqrt(len(effect)))  # of each item
+    return float(np.linalg.norm(errors)) / len(errors)
 
 
 def _what(entry: Claim, model: str) -> dict[str, Any]:
@@ -187,6 +241,8 @@ def verdict(row: pd.Series, alpha: float) -> tuple[str, str, float]:
         return "undecided", "fewer than two seeds", math.nan
     points = f"{100 * margin:g} point" + ("" if margin == 0.01 else "s")
     if (row.p_corrected if row.primary else row.p) < ALPHA:
+        if not p_value(row.sure, direction, margin) < alpha:
+            return "undecided", "not sure with the censored cells counted as recovered", math.nan
         where = {
             "more": f"above {points}",
             "not worse": f"not below minus {points}",
@@ -211,6 +267,11 @@ def verdict(row: pd.Series, alpha: float) -> tuple[str, str, float]:
     return "undecided", reason, needed
 
 
+def censoring(row: Any) -> str:
+    """How many of a claim's trained cells ended before healing was over, empty for none."""
+    return f"{row.censored:.0f} of {row.cells:.0f} cells censored" if row.censored > 0 else ""
+
+
 def in_words(claims: pd.DataFrame) -> list[str]:
     """The verdicts of a table of claims as sentences."""
     lines = []
@@ -222,12 +283,19 @@ def in_words(claims: pd.DataFrame) -> list[str]:
             continue
         effect, low, high = (100 * value for value in (row.effect, row.low, row.high))
         p = f"corrected p {row.p_corrected:.3f}" if row.primary else f"p {row.p:.3f}, exploratory"
-        needed = (
-            f"; some {row.seeds_needed:.0f} seeds would decide it" if row.seeds_needed > 0 else ""
-        )
+        said = [
+            f"{effect:z.1f} points, 95 % interval {low:z.1f} to {high:z.1f}, "
+            f"{count(row.n, 'seed')} on {row.tasks}",
+            f"{p}, {row.reason}",
+        ]
+        if row.test_error > 0:
+            said[0] += f", standard error of the test items {100 * row.test_error:.1f}"
+        if row.seeds_needed > 0:
+            said.append(f"some {row.seeds_needed:.0f} seeds would decide it")
+        if row.censored > 0:
+            said.append(censoring(row) + ", which tells how fast they heal and not how far")
         lines.append(
-            f"{opening}. {row.verdict.capitalize()}: {effect:.1f} points, 95 % interval {low:.1f} "
-            f"to {high:.1f}, {count(row.n, 'seed')} on {row.tasks}; {p}, {row.reason}{needed}."
+            f"{opening}. {row.verdict.capitalize()}: {'; '.join(said)}."
             + (f" ({row.evidence}.)" if row.evidence else "")
         )
     return lines

@@ -154,15 +154,6 @@ def as_fraction(level: float) -> Fraction:
     return Fraction(float(level)).limit_denominator(48)
 
 
-def layer_tuple(value: Any) -> tuple[int, ...]:
-    """Layers as a tuple, from a tuple, a list, or the text that a CSV file holds."""
-    if isinstance(value, str):
-        value = value.strip("()[] ").replace(",", " ").split()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ()
-    return tuple(int(x) for x in value)
-
-
 def count(n: int, word: str) -> str:
     return f"{n} {word}" + ("" if n == 1 else "s")
 

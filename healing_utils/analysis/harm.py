@@ -30,7 +30,8 @@ def gather(
     """All scored cells of some stages of a run, as `beside_intact` gives them."""
     tables = [results.load_results(run, s) for s in stages if results.has_stage(run, s)]
     if not tables:
-        names = ["harm", "intact", "loss", "retained", "usual", "budget", "variant"]
+        names = ["harm", "intact", "score_intact", "key_intact", "loss", "retained", "usual",
+                 "budget", "variant"]  # fmt: skip
         return pd.DataFrame(columns=[*results.COLUMNS["scans"], *names])
     return beside_intact(pd.concat(tables, ignore_index=True))
 
@@ -38,9 +39,9 @@ def gather(
 def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
     """The tables of task stages put together, with further columns: `scan`, ``main`` for the main
     grid; `harm`, the kind with its strength; `intact`, the score of the intact model of the same
-    model, task, seed and budget; `loss` = intact - score; `retained` = score / intact; `usual`,
-    whether the budget is that of the study's parameters, and `budget`, in words how it differs;
-    `variant`, in words harm, recipe, start and budget."""
+    model, task, seed and budget (also `score_intact`), and `key_intact`; `loss` = intact - score;
+    `retained` = score / intact; `usual`, whether the budget is that of the study's parameters, and
+    `budget`, in words how it differs; `variant`, in words harm, recipe, start and budget."""
     cells = cells[cells["state"] != "untrained"].reset_index(drop=True)  # a floor, no harm
     cells["scan"] = cells["scan"].fillna("main") if "scan" in cells else "main"
     cells["level"] = cells["level"].astype(float).round(LEVEL_DIGITS)
@@ -54,15 +55,15 @@ def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
     sizes = cells[rest].merge(sizes, on=rest, how="left")["train_size"].astype(float)
     cells["train_size"] = cells["train_size"].astype(float).fillna(sizes)
     # Its steps too, which a training that broke off, or warmed up first, has fewer of.
-    own = intact[[*_UNIT, *BUDGET, "score", "steps"]]
-    own = own.rename(columns={"score": "intact", "steps": "whole_main"})
+    own = intact[[*_UNIT, *BUDGET, "score", "key", "steps"]]
+    own = own.rename(columns={"score": "intact", "key": "key_intact", "steps": "whole_main"})
     cells = cells.merge(own, on=[*_UNIT, *BUDGET], how="left")
     main = intact[intact["scan"] == "main"][[*_UNIT, *BUDGET, "steps"]]
     cells = cells.merge(main, on=_UNIT, how="left", suffixes=("", "_main"))
     cells["usual"] = (cells[BUDGET].to_numpy() == cells[[f"{n}_main" for n in BUDGET]]).all(axis=1)
     cells["budget"] = [_budget(row) for row in cells.itertuples()]
     cells["variant"] = [_variant(row) for row in cells.itertuples()]
-    cells["loss"] = cells["intact"] - cells["score"]
+    cells["loss"], cells["score_intact"] = cells["intact"] - cells["score"], cells["intact"]
     cells["retained"] = (cells["score"] / cells["intact"]).where(cells["intact"] > 0)
     return cells.drop(columns=[name for name in cells if name.endswith("_main")])
 
@@ -156,10 +157,17 @@ def most_kinds(broken: pd.DataFrame) -> pd.DataFrame:
 
 
 def place_name(row: pd.Series) -> str:
-    """Where layers were hit, in words: ``bottom 1/2``, ``layer 3``, ``all layers``."""
-    if row["side"] == "custom":
-        return "layer " + ", ".join(map(str, row["layers"]))
-    return "all layers" if row["side"] == "all" else f"{row['side']} {as_fraction(row['level'])}"
+    """`place` of a row of a table of cells."""
+    return place(row["side"], row["level"], row["layers"])
+
+
+def place(side: str, level: float, layers: Sequence[int] = ()) -> str:
+    """Where layers were hit, in words: ``bottom 1/2``, ``all layers``; chosen ones as people and
+    figures count them, ``layer 1`` being the first of the encoder and 0 the embeddings."""
+    if side == "custom" and len(layers):
+        words = ", ".join(str(layer + 1) for layer in layers)
+        return f"layer{'s' if len(layers) > 1 else ''} {words}"
+    return "all layers" if side == "all" else f"{side} {as_fraction(level)}"
 
 
 def single_layers(cells: pd.DataFrame, harm: str = "reinit") -> pd.DataFrame:
@@ -174,7 +182,8 @@ def beside_recipe(cells: pd.DataFrame, other: str = "full") -> pd.DataFrame:
     chosen = once(cells[(cells["state"] == "healed") & (cells["part"] == "all")], CELL)
     same = [name for name in CELL if name not in ("state", "part", "recipe")]
     theirs = chosen["recipe"] == other
-    both = chosen[~theirs].merge(chosen[theirs][[*same, "score"]], on=same, suffixes=("", "_other"))
+    beside = chosen[theirs][[*same, "score", "key"]]
+    both = chosen[~theirs].merge(beside, on=same, suffixes=("", "_other"))
     both["place"] = [place_name(row) for _, row in both.iterrows()]
     return both.assign(gain=both["score"] - both["score_other"])
 

@@ -9,7 +9,6 @@ sentences, inner split and control labels, so differences are paired.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -21,7 +20,6 @@ from healing_utils.analysis.effects import (
     bounds,
     count,
     groups,
-    layer_tuple,
     no_duplicates,
     t_interval,
 )
@@ -39,25 +37,6 @@ _CELL = ["model", "state", "task", "side", "level", "kind", "seed"]
 _UNIT = ["model", "task", "side", "level", "seed"]
 
 
-def half_depth(before: np.ndarray, after: np.ndarray) -> float:
-    """The deepest layer that keeps at least half of its pre-trained selectivity, as a share of
-    depth; both (layers + 1,), embeddings first. A layer that had none is passed over; 0 where no
-    layer keeps half, NaN where no layer had any."""
-    had = before > 0
-    if not had.any():
-        return math.nan
-    kept = np.flatnonzero(had & (after >= before / 2))
-    return float(kept.max() / (len(before) - 1)) if len(kept) else 0.0
-
-
-def kept_share(before: np.ndarray, after: np.ndarray) -> float:
-    """What fine-tuning leaves in the deeper half of the layers as a share of what was there, NaN
-    where that is not above zero. `half_depth` moves in steps and hangs on one layer's noise."""
-    deeper = slice((len(before) + 1) // 2, None)  # as `deeper_half`
-    had, has = before[deeper].mean(), after[deeper].mean()
-    return float(has / had) if had > 0 else math.nan
-
-
 def deeper_half(curves: pd.DataFrame) -> pd.Series:
     """Mean over the layers > n_layers / 2 (4 to 6 of 6, 3 to 5 of 5) of (cells, layers + 1)."""
     return curves.iloc[:, (curves.shape[1] + 1) // 2 :].mean(axis=1, skipna=False)
@@ -70,18 +49,17 @@ def above_chance(task_results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     Of classes it is the accuracy that is compared, with the majority label's: guesses have a higher
     macro-F1 than the majority label, and no higher accuracy.
     """
-    table = clean(task_results)
-    intact = table[table.state == "intact"].copy()
+    intact = task_results[task_results.state == "intact"].copy()
     if {"score_accuracy", "chance_accuracy"} <= set(intact):
         classes = ~intact.metric.isin(CORRELATIONS) & intact.score_accuracy.notna()
-        intact.loc[classes, "value"] = intact.score_accuracy[classes]
-        intact.loc[classes, "chance_value"] = intact.chance_accuracy[classes]
+        for name in ("score", "chance"):
+            intact.loc[classes, name] = intact.loc[classes, f"{name}_accuracy"]
         intact.loc[classes, "metric"] = "accuracy"
     no_duplicates(intact, ["model", "task", "seed"], "intact")
     rows = []
     for names, part in groups(intact, ["model", "task"], sort=True):
-        part = part[part.value.notna() & part.chance_value.notna()]
-        above = t_interval(part.value - part.chance_value)
+        part = part[part.score.notna() & part.chance.notna()]
+        above = t_interval(part.score - part.chance)
         reason = ""
         if above.n < 2:
             reason = f"{count(above.n, 'seed')}, no interval for score - chance"
@@ -89,8 +67,8 @@ def above_chance(task_results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
             reason = f"score - chance is {above}, not above zero"
         rows.append(
             {
-                **names, "metric": ", ".join(sorted(set(part.metric))), "score": part.value.mean(),
-                "chance": part.chance_value.mean(), "above": above.mean, "low": above.low,
+                **names, "metric": ", ".join(sorted(set(part.metric))), "score": part.score.mean(),
+                "chance": part.chance.mean(), "above": above.mean, "low": above.low,
                 "high": above.high, "n": above.n, "reason": reason,
             }
         )  # fmt: skip
@@ -103,14 +81,9 @@ def above_chance(task_results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
 def checked(frame: pd.DataFrame, stage: str = "probing") -> pd.DataFrame:
     """The table of the stage `probing` or `neurons` with plain values; where nothing is corrupted,
     side, level and kind say so. Raises HealingError on what cannot be compared."""
-    values = ("layer", "selectivity") if stage == "probing" else ("center_of_mass",)
-    for name in (*_CELL, "corpus", "column", "layers", "n_layers", *values):
-        if name not in frame:
-            choose(name, [str(c) for c in frame.columns], f"column of the {stage} table")
     table = frame.reset_index(drop=True).copy()
     table["level"] = table.level.astype(float).round(LEVEL_DIGITS)
     table["seed"] = table.seed.astype(int)
-    table["layers"] = [layer_tuple(x) for x in table.layers]
     whole = table.state.isin(["pretrained", "untrained", "intact"])
     table.loc[whole, ["side", "kind"]] = "none"
     table.loc[whole, "level"] = 0.0
@@ -152,20 +125,16 @@ def before_after(
 
 
 def kept_depth(probing: pd.DataFrame) -> pd.DataFrame:
-    """How deep each task keeps the knowledge: `half_depth` and `kept_share` of the selectivity,
-    with t-intervals over the `n` complete seeds, one row per model and task."""
+    """What fine-tuning leaves of the selectivity in the deeper half of the layers, `kept_share` of
+    what was there, where it was above zero: means with t-intervals over the `n` complete seeds, a
+    row a model and task."""
     table, rows = checked(probing), []
     for model in dict.fromkeys(table.model):
         for task, (before, after) in before_after(table, "selectivity", model).items():
-            seeds = before.dropna().index.intersection(after.dropna().index)
-            pairs = list(
-                zip(before.loc[seeds].to_numpy(), after.loc[seeds].to_numpy(), strict=True)
-            )
-            row = {"model": model, "task": task}
-            for measure in (half_depth, kept_share):
-                values = np.array([measure(*pair) for pair in pairs])
-                row |= bounds(measure.__name__, values[~np.isnan(values)])
-            rows.append(row | {"n": len(pairs)})
+            whole = before.notna().all(axis=1) & after.notna().all(axis=1)
+            had, has = deeper_half(before[whole]), deeper_half(after[whole])
+            kept = bounds("kept_share", (has / had)[had > 0])
+            rows.append({"model": model, "task": task, **kept, "n": int(whole.sum())})
     return pd.DataFrame(rows)
 
 
@@ -220,37 +189,34 @@ def _reason(row, measure: str) -> str:
 
 
 def _of_knowledge(table: pd.DataFrame, corrupted: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """`measure` of the corrupted layers, intact, broken and healed, a row a setting and seed."""
-    curves, cka, rows = by_layer(table, measure), by_layer(corrupted, "cka"), []
-    for names, part in groups(corrupted, ["model", "side", "level"], sort=True):
-        layers = set(part.layers)
-        if len(layers) > 1:
+    """`measure` of the corrupted layers, intact, broken and healed, a row a setting and seed; NaN
+    where a layer, corpus or column is missing."""
+    place = ["model", "side", "level"]
+    where = corrupted.drop_duplicates([*place, "layers"])[[*place, "kind", "layers", "n_layers"]]
+    for names, part in groups(where, place):
+        if len(part) > 1:
             raise HealingError(
                 f"{names['model']}, {names['side']} {as_fraction(names['level'])}: cells of "
-                f"different layers, {' and '.join(map(str, sorted(layers)))}"
+                f"different layers, {' and '.join(map(str, sorted(part.layers)))}"
             )
-        layers = layers.pop()
-        hidden = [layer + 1 for layer in layers] or [0]  # hidden state 0 is the embeddings
-        kind = part.kind.iloc[0]
-        units = sorted(set(zip(part.task, part.seed, strict=True)))
-        of = functools.partial(_rows, names["model"], units)
-        place, every = (names["side"], names["level"], kind), list(curves.columns)
-        intact, healed = of("intact", curves, "none", 0.0, "none"), of("healed", curves, *place)
-        found = pd.DataFrame(units, columns=["task", "seed"]).assign(
-            **names, kind=kind, layers=[layers] * len(units),
-            knew=_mean(intact, hidden), broke=_mean(of("broken", curves, *place), hidden),
-            knows=_mean(healed, hidden), cka=_mean(of("healed", cka, *place), hidden),
-            knowledge_loss_all=_mean(intact, every) - _mean(healed, every),
-        )  # fmt: skip
-        rows.append(found)
-    return pd.concat(rows, ignore_index=True)
+    units = corrupted[_UNIT].drop_duplicates().merge(where, on=place)
+    units = units.sort_values([*place, "task", "seed"]).set_index(_UNIT)
+    own = ["layer", "state", measure, "cka"]
+    intact = table.loc[table.state == "intact", ["model", "task", "seed", *own]]
+    every = pd.concat([intact.merge(units.reset_index()[_UNIT]), corrupted[[*_UNIT, *own]]])
+    every = every.join(units.layers, on=_UNIT)
+    # Hidden state i + 1 is the output of layer i; what is no layer is the embeddings, 0.
+    pairs = zip(every.layer, every.layers, strict=True)
+    hit = np.array([layer - 1 in layers or not (layers or layer) for layer, layers in pairs])
+    read = len(table[["corpus", "column"]].drop_duplicates())
+    wanted = {True: units.layers.map(lambda x: max(len(x), 1)), False: units.n_layers + 1}
 
+    def mean(state: str, value: str = measure, all_layers: bool = False) -> pd.Series:
+        cells = every[(every.state == state) & (hit | all_layers)].groupby(_UNIT)[value]
+        enough = cells.count().reindex(units.index) == read * wanted[not all_layers]
+        return cells.mean().reindex(units.index).where(enough)
 
-def _rows(model: str, units: list, state: str, curves: pd.DataFrame, *place) -> pd.DataFrame:
-    """The curves of units (task, seed) in some state and place, NaN where there is none."""
-    keys = [(model, state, task, *place, seed) for task, seed in units]
-    return curves.reindex(pd.MultiIndex.from_tuples(keys, names=curves.index.names))
-
-
-def _mean(curves: pd.DataFrame, layers: list[int]) -> np.ndarray:
-    return curves[layers].mean(axis=1, skipna=False).to_numpy()
+    return units.assign(
+        knew=mean("intact"), broke=mean("broken"), knows=mean("healed"), cka=mean("healed", "cka"),
+        knowledge_loss_all=mean("intact", all_layers=True) - mean("healed", all_layers=True),
+    ).reset_index()  # fmt: skip

@@ -9,153 +9,54 @@ arXiv 2105.15179.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from functools import cache, cached_property, partial
-from itertools import product
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from healing_utils.analysis import harm, knowledge, results
-from healing_utils.analysis.claims import claim, units
-from healing_utils.analysis.effects import as_fraction, groups, t_interval
+from healing_utils.analysis import harm, knowledge
+from healing_utils.analysis.claims import apart, claim, contrast, units
+from healing_utils.analysis.effects import groups, t_interval
+from healing_utils.analysis.evidence import FORGET, PRESERVE, Tables
 from healing_utils.analysis.knowledge import before_after, deeper_half
 from healing_utils.analysis.price import by_examples
-from healing_utils.base.paths import run_folder
 
 TRAINED = ("baseline", "recovery", "scans")
 PROBED = ("probing",)
+BROKEN = ("baseline", "corruption", "harms")
 # Shares of accuracy, of depth, or of what was known before: 0.02 is a quarter of one layer of
 # twelve, and what a probe of random labels shows by chance.
 KNOWLEDGE_MARGIN = 0.02
-FORGET = {"sst2", "qnli", "mnli"}  # paper B: which tasks forget linguistic knowledge
-PRESERVE = {"rte", "mrpc", "stsb"}
+PLACE = ["side", "level"]
 
 
-class Tables:
-    """The tables of a run that claims are about, read when asked for; empty without records."""
-
-    def __init__(self, run: str | Path):
-        self.run = run_folder(run)
-        # Names of the planned cells of a stage without a record.
-        self.missing = cache(partial(results.missing_cells, self.run))
-
-    def _stage(self, stage: str) -> pd.DataFrame:
-        there = results.has_stage(self.run, stage)
-        empty = pd.DataFrame(columns=results.COLUMNS[stage])
-        return results.load_results(self.run, stage) if there else empty
-
-    @cached_property
-    def cells(self) -> pd.DataFrame:
-        return harm.gather(self.run)
-
-    @cached_property
-    def models(self) -> list[str]:
-        return list(dict.fromkeys([*self.cells["model"], *self.probing["model"]]))
-
-    @cached_property
-    def probing(self) -> pd.DataFrame:
-        table = self._stage("probing")
-        return knowledge.checked(table[table["scan"] == "main"])
-
-    @cached_property
-    def equally_trained(self) -> pd.DataFrame:
-        """Probes of pre-trained models and of intact ones, these after one number of steps: that
-        at which most tasks of `FORGET` and `PRESERVE` were probed, some of both; else none."""
-        table = self._stage("probing")
-        table = table[table["state"].isin(["pretrained", "intact"])]
-        steps = table["key"].map(results.probed_steps(self.run))
-        tasks = {at: set(own["task"]) for at, own in table.groupby(steps)}
-        both = {
-            at: t & (FORGET | PRESERVE) for at, t in tasks.items() if t & FORGET and t & PRESERVE
-        }
-        best = max(both, key=lambda at: len(both[at]), default=math.nan)
-        kept = harm.once(
-            table[(steps == best) | (table["state"] == "pretrained")],
-            ["model", "state", "task", "seed", "corpus", "column", "layer"],
-        )
-        return knowledge.checked(kept)
-
-    @cached_property
-    def neurons(self) -> pd.DataFrame:
-        return knowledge.checked(self._stage("neurons"), "neurons")
-
-    @cached_property
-    def scores(self) -> pd.DataFrame:
-        """Task scores of the models that were probed."""
-        return results.load_probed_scores(self.run) if len(self.probing) else self.cells.head(0)
-
-    @cached_property
-    def at_chance(self) -> set[tuple[str, str]]:
-        """(model, task) of the probed tasks whose intact score is not above chance, by an interval
-        over seeds: of one seed it cannot be said."""
-        left = knowledge.above_chance(self.scores)[1].query("n > 1")
-        return set(zip(left["model"], left["task"], strict=True))
-
-    @cached_property
-    def healed_knowledge(self) -> list[tuple[dict, pd.DataFrame]]:
-        """`knowledge.healing_by_cell` of every model, by every measure that the run has."""
-        found = []
-        healed = self.probing[self.probing["state"].eq("healed")]
-        healed = healed[healed["side"].isin(["bottom", "top"])]
-        for kind, measure in product(dict.fromkeys(healed["kind"]), knowledge.MEASURES):
-            if measure in healed and healed[measure].notna().any():
-                rows = knowledge.healing_by_cell(self.probing, self.scores, kind, measure)
-                main = kind == "reinit" and measure == "accuracy"
-                words = measure if kind == "reinit" else f"{kind}, {measure}"
-                for names, part in groups(rows, ["model"]):
-                    found.append((names | {"variant": words, "main": main}, part))
-        return found
-
-    def healed(self, value: str, by_level: bool = True) -> Iterator[tuple[dict, pd.DataFrame]]:
-        """`value` of the healed cells of whole layers by side, of every model and variant: names,
-        and a frame with rows (task, seed) and columns (side, level). The main grid is one variant;
-        what lies beside it is told for each level, since scans differ in tasks and seeds, or with
-        `by_level` false for the units that have all of its levels."""
-        cells = harm.by_side(self.cells[self.cells["state"] == "healed"])
-        cells = cells.sort_values("variant", key=lambda words: words != "reinit", kind="stable")
-        for names, part in groups(cells, ["model", "variant"]):
-            main = part["scan"] == "main"
-            if main.any():
-                own = names | {"main": names["variant"] == "reinit"}
-                yield own, _by_place(part[main], value)
-            rest = part[~main]
-            for level, own in rest.groupby("level") if by_level else [(1, rest)]:
-                told = f", {as_fraction(level)}" if level < 1 else ""
-                if len(own):
-                    wide = _by_place(own, value)
-                    yield names | {"variant": names["variant"] + told, "main": False}, wide
+def _sides(part: pd.DataFrame) -> list[str]:
+    return [side for side in ("bottom", "top") if side in set(part["side"])]
 
 
-def _by_place(cells: pd.DataFrame, value: str) -> pd.DataFrame:
-    wide = cells.pivot(index=["task", "seed"], columns=["side", "level"], values=value)
-    return wide.sort_index(axis=1)
-
-
-def _effects(names: dict, effects: pd.Series) -> pd.DataFrame:
-    """Units; beside the main grid only those that are there, since scans have their own seeds."""
-    return units(names, effects if names["main"] else effects.dropna())
-
-
-def _sides(wide: pd.DataFrame) -> list[str]:
-    return [side for side in ("bottom", "top") if side in wide]
+def _share(part: pd.DataFrame) -> float:
+    """What each place (side and level) of a mean over them weighs."""
+    return 1 / len(part[PLACE].drop_duplicates())
 
 
 @claim("A1", "Corrupted models do not fully recover", "paper A, abstract",
        "healed cells with their intact model", stages=TRAINED, demonstrates=False)  # fmt: skip
 def loss(tables: Tables) -> Iterator[pd.DataFrame]:
-    """intact - healed at the same budget, averaged over the levels and the sides."""
-    for names, wide in tables.healed("loss"):
-        sides = _sides(wide)
-        if len(sides) == 2:
-            yield _effects(names, wide[sides].mean(axis=1, skipna=False))
-        for side in [*sides, *(["all"] if "all" in wide else [])]:
-            where = "all layers" if side == "all" else side
-            own = names | {"variant": f"{names['variant']}, {where}", "main": False}
-            yield _effects(own, wide[side].mean(axis=1, skipna=False))
+    """intact - healed at the same budget, averaged over the levels and the sides. The verdict
+    counts a censored cell as recovered: it says how fast it heals, not how far."""
+    for names, part in tables.healed():
+        unsure = part["key"].isin(tables.censored_keys)
+        best = part[["score", "score_intact"]].max(axis=1)
+        part = part.assign(sure=part["score"].mask(unsure, best))
+        sides = _sides(part)
+        both = [(sides, "")] if len(sides) == 2 else []
+        for chosen, where in [*both, *(([s], f", {s}") for s in sides), (["all"], ", all layers")]:
+            own = part[part["side"].isin(chosen)]
+            if len(own):
+                told = {"variant": names["variant"] + where, "main": names["main"] and not where}
+                yield contrast(names | told, apart(own, "intact", -_share(own)))
 
 
 @claim("A2", "The more is corrupted, the more is lost", "paper A, abstract",
@@ -163,72 +64,66 @@ def loss(tables: Tables) -> Iterator[pd.DataFrame]:
 def rise(tables: Tables) -> Iterator[pd.DataFrame]:
     """Least-squares slope of the loss on the level, times the range of levels below 1; the mean of
     the sides. (Level 1 contains the bottom: it would tell which layers were hit.)"""
-    for names, wide in tables.healed("loss", by_level=False):
-        slopes = {}
-        for side in _sides(wide):
-            levels = np.array(wide[side].columns, dtype=float)
+    for names, part in tables.healed(by_level=False):
+        slopes = []
+        for side in _sides(part):
+            own = part[part["side"] == side]
+            levels = own["level"].unique()
             if len(levels) > 1:
-                centred = levels - levels.mean()
-                slopes[side] = wide[side] @ (centred / (centred**2).sum() * np.ptp(levels))
+                weight = (own["level"] - levels.mean()) * np.ptp(levels)
+                slopes.append(apart(own, "intact", -weight / ((levels - levels.mean()) ** 2).sum()))
         if len(slopes) == 2:
-            yield _effects(names, pd.DataFrame(slopes).mean(axis=1, skipna=False))
-        for side, slope in slopes.items():
-            own = names | {"variant": f"{names['variant']}, {side}", "main": False}
-            yield _effects(own, slope)
+            yield contrast(names, pd.concat(slopes).assign(weight=lambda rows: rows["weight"] / 2))
+        for slope in slopes:
+            where = {"variant": f"{names['variant']}, {slope['side'].iloc[0]}", "main": False}
+            yield contrast(names | where, slope)
 
 
 @claim("A3", "Corrupting the bottom layers costs more than corrupting as many top layers",
        "paper A, abstract", "healed cells of both sides at one level", stages=TRAINED)  # fmt: skip
 def side_difference(tables: Tables) -> Iterator[pd.DataFrame]:
     """healed(top) - healed(bottom) at the same level, averaged over the levels."""
-    for names, wide in tables.healed("score"):
-        if len(_sides(wide)) == 2:
-            difference = (wide["top"] - wide["bottom"]).dropna(axis=1, how="all")
-            yield _effects(names, difference.mean(axis=1, skipna=False))
+    for names, part in tables.healed():
+        own = part[part["side"].isin(["bottom", "top"])]
+        own = own[own.groupby("level")["side"].transform("nunique") == 2]
+        if len(own):
+            sign = own["side"].map({"top": 2.0, "bottom": -2.0})
+            yield contrast(names, own.assign(weight=sign * _share(own)))
 
 
-def _controls(tables: Tables, control: str) -> Iterator[pd.DataFrame]:
+def _pairs(first: pd.DataFrame, second: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    """Cells beside those of `second` that are alike in `same`, as `apart` takes them."""
+    theirs = harm.once(second, same)[[*same, "key", "score"]]
+    return first.merge(theirs, on=same, suffixes=("", "_other"))
+
+
+def _controls(side: str, tables: Tables) -> Iterator[pd.DataFrame]:
     healed = tables.cells[(tables.cells["state"] == "healed") & (tables.cells["part"] == "all")]
-    paired = ["model", "variant", "level", "task", "seed"]
-    beside, bottom = (
-        harm.once(healed[healed["side"] == side])[[*paired, "score"]]
-        for side in (control, "bottom")
-    )
-    both = beside.merge(bottom, on=paired, suffixes=("", "_bottom"))
-    both["effect"] = both["score"] - both["score_bottom"]
+    control, bottom = (healed[healed["side"] == name] for name in (side, "bottom"))
+    both = _pairs(harm.once(control), bottom, ["model", "variant", "level", "task", "seed"])
     for names, part in groups(both, ["model", "variant"]):
-        mean = part.groupby(["task", "seed"])["effect"].mean()
-        yield units(names | {"main": False}, mean)
+        yield contrast(names | {"main": False}, apart(part, "other", _share(part)))
 
 
-@claim("A3-random", "The bottom costs more than as many layers drawn at random",
-       "a control of this study", "a scan with sides: random", stages=TRAINED)  # fmt: skip
-def against_random(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed(random layers) - healed(bottom), same kind and level."""
-    return _controls(tables, "random")
-
-
-@claim("A3-scattered", "The bottom costs more than as many values scattered over all layers",
-       "a control of this study", "a scan with sides: scattered", stages=TRAINED)  # fmt: skip
-def against_scattered(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed(scattered values) - healed(bottom), same kind and level."""
-    return _controls(tables, "scattered")
+for _side, _drawn in (("random", "layers drawn at random"),
+                      ("scattered", "values scattered over all layers")):  # fmt: skip
+    claim(f"A3-{_side}", f"The bottom costs more than as many {_drawn}", "a control of this study",
+          f"a scan with sides: {_side}", stages=TRAINED)(partial(_controls, _side))  # fmt: skip
 
 
 @claim("W", "A corrupted model is worth more than random initial values",
        "this study", "healed and scratch cells", stages=TRAINED)  # fmt: skip
 def worth(tables: Tables) -> Iterator[pd.DataFrame]:
     """healed - scratch at the same budget, by side and level."""
-    cells, paired = tables.cells, ["model", "task", "seed", *harm.BUDGET]
-    scratch = harm.once(cells[cells["state"] == "scratch"], paired)[[*paired, "score"]]
-    plain = (cells["start"] == "pre-trained") & (cells["recipe"] == "full")
-    healed = harm.by_side(cells[(cells["state"] == "healed") & plain])
-    both = healed.merge(scratch, on=paired, suffixes=("", "_scratch"))
-    both["effect"] = both["score"] - both["score_scratch"]
+    cells = tables.cells[(tables.cells["start"] == "pre-trained")]
+    cells = cells[cells["recipe"] == "full"]
+    healed = harm.by_side(cells[cells["state"] == "healed"])
+    scratch = cells[cells["state"] == "scratch"]
+    both = _pairs(healed, scratch, ["model", "task", "seed", *harm.BUDGET])
     both["variant"] = [f"{row['variant']}, {harm.place_name(row)}" for _, row in both.iterrows()]
     both = both.sort_values("harm", key=lambda harm: harm != "reinit", kind="stable")
     for names, part in groups(both, ["model", "variant"]):
-        yield units(names | {"main": False}, part.set_index(["task", "seed"])["effect"])
+        yield contrast(names | {"main": False}, apart(part, "other"))
 
 
 @claim("B1", "RTE, MRPC and STS-B preserve linguistic knowledge in the higher layers, SST-2, QNLI "
@@ -315,6 +210,8 @@ def healing_gap(tables: Tables) -> Iterator[pd.DataFrame]:
     and of the corrupted layers' probes. Both parts of a quotient are summed over the sides. Tasks
     at chance, and those on which intact - broken is within its interval of zero, have no quotient:
     the variant names them."""
+    healed = harm.by_side(tables.cells[tables.cells["state"] == "healed"])
+    healed = healed[healed["usual"] & (healed["variant"] == healed["harm"].map(harm.harm_name))]
     for names, part in tables.healed_knowledge:
         places = len(part[["side", "level"]].drop_duplicates())
         columns = ["intact", "broken", "healed", "knew", "broke", "knows"]
@@ -329,7 +226,9 @@ def healing_gap(tables: Tables) -> Iterator[pd.DataFrame]:
         kept = lost.drop(index=without, level="task")
         effect = (kept.healed - kept.broken) / kept.score - (kept.knows - kept.broke) / kept.words
         told = f", without {', '.join(without)}" if without else ""
-        yield units(names | {"variant": names["variant"] + told}, effect)
+        same = ["model", "task", "side", "level", "kind", "seed"]
+        cells = part[same].merge(healed, on=same)
+        yield units(names | {"variant": names["variant"] + told}, effect, cells)
 
 
 @claim("H-gap", "After healing the corrupted layers know less about words than intact ones",
@@ -356,8 +255,7 @@ def forgotten(tables: Tables) -> Iterator[pd.DataFrame]:
         yield from _beside_chance(tables, model, drops)
 
 
-def _recipes(tables: Tables, first: str, second: str) -> Iterator[pd.DataFrame]:
-    """score by the recipe `first` - score by `second` of the same corrupted model and budget."""
+def _recipes(first: str, second: str, tables: Tables) -> Iterator[pd.DataFrame]:
     both = harm.beside_recipe(tables.cells, second)
     both = both[both["recipe"] == first]
     both["variant"] = [
@@ -368,48 +266,35 @@ def _recipes(tables: Tables, first: str, second: str) -> Iterator[pd.DataFrame]:
         for _, row in both.iterrows()
     ]  # fmt: skip
     for names, part in groups(both, ["model", "variant"]):
-        yield units(names | {"main": False}, part.set_index(["task", "seed"])["gain"])
+        yield contrast(names | {"main": False}, apart(part, "other"))
 
 
-@claim("D", "Taking corrupted layers out heals more than training them", "this study",
-       "recipes drop and full", stages=TRAINED)  # fmt: skip
-def dropped(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed by drop - healed by full fine-tuning."""
-    return _recipes(tables, "drop", "full")
-
-
-@claim("S1", "Training the damaged part alone does as well as training everything",
-       "Lee et al. 2023, surgical fine-tuning (2210.11466); 2310.17041",
-       "recipes corrupted_only and full", stages=TRAINED, direction="not worse")  # fmt: skip
-def damaged_part_alone(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed by the corrupted layers alone - healed by full fine-tuning."""
-    return _recipes(tables, "corrupted_only", "full")
-
-
-@claim("R1", "Low-rank adapters heal less than training all weights",
-       "Kim et al. 2024 (2402.02834), abstract (decoders)", "recipes low_rank and full",
-       stages=TRAINED)  # fmt: skip
-def low_rank_less(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed by full fine-tuning - healed by low-rank adapters."""
-    return _recipes(tables, "full", "low_rank")
-
-
-@claim("X1", "Freezing the damaged part and training the healthy one heals",
-       "2508.04749, abstract (mixture of experts)", "recipes corrupted_frozen and head_only",
-       stages=TRAINED)  # fmt: skip
-def healthy_part_heals(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed with the corrupted layers frozen - healed by the head alone."""
-    return _recipes(tables, "corrupted_frozen", "head_only")
+# Score by the first recipe - score by the second, of the same corrupted model and budget.
+for _name, _first, _second, _direction, _statement, _source in (
+    ("D", "drop", "full", "more",
+     "Taking corrupted layers out heals more than training them", "this study"),
+    ("S1", "corrupted_only", "full", "not worse",
+     "Training the damaged part alone does as well as training everything",
+     "Lee et al. 2023, surgical fine-tuning (2210.11466); 2310.17041"),
+    ("R1", "full", "low_rank", "more",
+     "Low-rank adapters heal less than training all weights",
+     "Kim et al. 2024 (2402.02834), abstract (decoders)"),
+    ("X1", "corrupted_frozen", "head_only", "more",
+     "Freezing the damaged part and training the healthy one heals",
+     "2508.04749, abstract (mixture of experts)"),
+):  # fmt: skip
+    claim(_name, _statement, _source, f"recipes {_first} and {_second}", stages=TRAINED,
+          direction=_direction)(partial(_recipes, _first, _second))  # fmt: skip
 
 
 @claim("C1", "Some layers are critical and others robust to being redrawn, without training",
        "Zhang, Bengio and Singer 2019 (1902.01996), abstract", "every layer broken alone",
-       stages=("baseline", "corruption", "harms"), demonstrates=False)  # fmt: skip
+       stages=BROKEN, demonstrates=False)  # fmt: skip
 def critical_layers(tables: Tables) -> Iterator[pd.DataFrame]:
     """Retained score of the median layer minus that of the layer that is worst on the other
     seeds."""
     broken = tables.cells[(tables.cells["state"] == "broken") & (tables.cells["part"] == "all")]
-    broken = harm.once(harm.single_layers(broken))
+    broken = harm.once(harm.single_layers(broken[broken["recipe"] == "full"]))
     for names, part in groups(broken, ["model"]):
         effects = {}
         for (task,), rows in part.groupby(["task"]):
@@ -444,7 +329,7 @@ def probing_does_not_predict(tables: Tables) -> Iterator[pd.DataFrame]:
                 accuracy = curves.loc[seed, at].to_numpy()
                 effects[place["task"], seed] = -stats.spearmanr(accuracy, rows["loss"]).statistic
         if effects:
-            yield units(names | {"variant": "", "main": False}, pd.Series(effects))
+            yield units(names | {"variant": "", "main": False}, pd.Series(effects), part)
 
 
 @claim("T2", "A pre-trained layer is worth more the fewer the labelled examples",
@@ -456,12 +341,12 @@ def fewer_examples(tables: Tables) -> Iterator[pd.DataFrame]:
     cells = cells[(cells["state"] == "healed") & (cells["recipe"] == "full")]
     cells = cells[(cells["part"] == "all") & cells["side"].isin(["bottom", "top"])]
     for names, part in groups(cells, ["model", "side"]):
-        wide = part.pivot_table(index=["task", "seed"], columns="train_size", values="loss")
-        if wide.shape[1] > 2:
-            examples = np.log10(np.array(wide.columns, dtype=float))
-            centred = examples - examples.mean()
-            slope = wide.dropna() @ (centred / (centred**2).sum())
-            yield units(names | {"variant": f"{names['side']} layer", "main": False}, -slope)
+        sizes = part["train_size"].unique().astype(float)
+        if len(sizes) > 2:
+            centred = np.log10(part["train_size"].astype(float)) - np.log10(sizes).mean()
+            slope = centred / ((np.log10(sizes) - np.log10(sizes).mean()) ** 2).sum()
+            where = {"variant": f"{names['side']} layer", "main": False}
+            yield contrast(names | where, apart(part, "intact", slope))
 
 
 @claim("Z1", "Redrawing the top layers with the model's own initialiser does not hurt",
@@ -476,4 +361,62 @@ def fresh_top(tables: Tables) -> Iterator[pd.DataFrame]:
         few = few[few["level"] == few["level"].min()]
         size, place = few["train_size"].iloc[0], harm.place_name(few.iloc[0])
         words = {"variant": f"{place}, {size:,.0f} examples", "main": False}
-        yield units(names | words, -few.set_index(["task", "seed"])["loss"])
+        yield contrast(names | words, apart(few, "intact"))
+
+
+def _kinds(kind: str, control: str, tables: Tables) -> Iterator[pd.DataFrame]:
+    broken = harm.once(tables.cells[tables.cells["state"] == "broken"])
+    same = ["model", "task", "seed", "part", "side", "level", "layers", "strength"]
+    both = _pairs(broken[broken["kind"] == control], broken[broken["kind"] == kind], same)
+    names = zip(both["part"], map(harm.harm_name, both["harm"]), map(harm.place_name, both.iloc),
+                strict=True)  # fmt: skip
+    both["variant"] = [", ".join(words).removeprefix("all, ") for words in names]
+    for names, part in groups(both, ["model", "variant"]):
+        yield contrast(names | {"main": False}, apart(part, "other"))
+
+
+# broken by the control - broken by the kind, of the same strength, at the same place.
+for _name, _kind, _control, _statement, _source in (
+    ("K1", "outliers", "outliers_control",
+     "Disabling the few outlier weights of LayerNorm costs more than as many others",
+     "Kovaleva et al. 2021 (2105.06990), abstract"),
+    ("G1", "bits_exponent", "bits_other",
+     "Flips of the highest exponent bit are critical, flips elsewhere hardly matter",
+     "Gao et al. 2025 (10.1109/TNANO.2025.3531721), abstract"),
+):  # fmt: skip
+    claim(_name, _statement, _source, f"broken cells of the kinds {_kind} and {_control}, of one "
+          "strength: there are no such kinds yet", stages=BROKEN, demonstrates=False,
+          )(partial(_kinds, _kind, _control))  # fmt: skip
+
+
+def _deleted(tables: Tables) -> pd.DataFrame:
+    """Fine-tuned models without some of their layers, not trained again."""
+    cells = tables.cells[(tables.cells["state"] == "broken") & (tables.cells["part"] == "all")]
+    return cells[cells["recipe"] == "drop"]
+
+
+@claim("P1", "The top layers of a fine-tuned model can be taken out without training",
+       "Phang et al. 2021 (2109.08406), abstract", "broken cells of top layers by the recipe drop, "
+       "which no stage makes yet", stages=BROKEN, direction="not worse")  # fmt: skip
+def top_taken_out(tables: Tables) -> Iterator[pd.DataFrame]:
+    """intact without its top layers - intact, at the smallest level."""
+    top = harm.by_side(_deleted(tables))
+    top = top[top["side"] == "top"]
+    for names, part in groups(top[top["level"] == top["level"].min()], ["model"]):
+        words = {"variant": harm.place_name(part.iloc[0]), "main": False}
+        yield contrast(names | words, apart(part, "intact"))
+
+
+@claim("L1", "Taking out a middle layer without training costs least, the first or last most",
+       "Lad et al. 2024 (2406.19384), abstract (decoders)", "broken cells of every single layer by "
+       "the recipe drop, which no stage makes yet", stages=BROKEN, demonstrates=False)  # fmt: skip
+def middle_costs_least(tables: Tables) -> Iterator[pd.DataFrame]:
+    """Loss of taking out the first or last layer (mean) - that of one between them (mean)."""
+    alone = harm.once(harm.single_layers(_deleted(tables)))
+    for names, part in groups(alone, ["model"]):
+        depth, at = part["n_layers"].iloc[0], part["layers"].map(lambda layers: layers[0])
+        if at.nunique() == depth > 2:
+            ends = at.isin([0, depth - 1])
+            weight = ends.map({True: -0.5, False: 1 / (depth - 2)})
+            words = {"variant": "", "main": False}
+            yield contrast(names | words, part.assign(weight=weight))

@@ -73,14 +73,15 @@ def _prices(table: pd.DataFrame, by: list[str], least: int) -> pd.DataFrame:
         if part["budget"].nunique() >= least
         for share in SHARES
     ]
-    return pd.DataFrame(rows, columns=[*by, "share", "needed", "from", "to", "largest", "n"])
+    found = ["needed", "reached", "from", "to", "largest", "n"]
+    return pd.DataFrame(rows, columns=[*by, "share", *found])
 
 
 def _needed(part: pd.DataFrame, share: float) -> dict[str, object]:
     """The smallest budget of `part` that reaches `share` of the intact score, in words and bounds:
-    the first from which the mean of score - share x intact stays at or above zero, with the range
-    from the first from which the upper end of its interval does to the first of its lower end; more
-    than the largest, where the interval lies below zero there; else not resolvable."""
+    the first from which the mean of score - share x intact stays at or above zero (`reached`), with
+    the range from the first from which the upper end of its interval does to the first of its lower
+    end; more than the largest, where the interval lies below zero there; else not resolvable."""
     found = {}
     for budget, rows in part.groupby("budget"):
         found[int(budget)] = t_interval(rows["score"] - share * rows["intact"])
@@ -108,24 +109,30 @@ def _needed(part: pd.DataFrame, share: float) -> dict[str, object]:
         needed = f"at most {mean:,}"
     else:
         needed = f"{mean:,}" if low == high else f"{mean:,} ({low:,} to {high:,})"
-    return {"needed": needed, "from": low, "to": high, "largest": largest, "n": last.n}
+    reached = mean if high is not None else None
+    return {"needed": needed, "reached": reached, "from": low, "to": high, "largest": largest,
+            "n": last.n}  # fmt: skip
+
+
+def ordered(priced: pd.DataFrame) -> pd.DataFrame:
+    """`price` or `time_to_heal` in the order for people, each setting in words as `what`."""
+    order = {"intact": 0, "healed": 1, "scratch": 2}
+    table = priced.sort_values(
+        ["model", "task", "state", "harm", "level", "side", "layers", "recipe", "share"],
+        key=lambda column: column.map(order) if column.name == "state" else column,
+        ignore_index=True,
+    )
+    return table.assign(what=[setting_name(row) for _, row in table.iterrows()])
 
 
 def price_list(priced: pd.DataFrame) -> pd.DataFrame:
     """`price` or `time_to_heal` for people: a row a setting, a column a share."""
-    by = list(priced.columns[: list(priced.columns).index("share")])
-    wide = priced.pivot(index=by, columns="share", values="needed").reset_index()
-    wide = wide.rename(columns={share: f"{share:.0%}" for share in priced["share"].unique()})
-    order = {"intact": 0, "healed": 1, "scratch": 2}
-    wide = wide.sort_values(
-        ["model", "task", "state", "harm", "level", "side", "layers", "recipe"],
-        key=lambda column: column.map(order) if column.name == "state" else column,
-        ignore_index=True,
-    )
-    wide["what"] = [setting_name(row) for _, row in wide.iterrows()]
+    by = [*priced.columns[: list(priced.columns).index("share")], "what", "share"]
+    wide = ordered(priced).set_index(by)["needed"].unstack("share", sort=False)
+    shares = wide.columns = [f"{share:.0%}" for share in wide.columns]
+    wide = wide.reset_index()
     told = [name for name in ("train_size", "epochs") if name in wide and wide[name].nunique() > 1]
-    shares = [name for name in wide if str(name).endswith("%")]
-    return wide[["model", "task", "what", *told, *shares]].rename_axis(columns=None)
+    return wide[["model", "task", "what", *told, *shares]]
 
 
 def setting_name(row: pd.Series) -> str:
@@ -138,7 +145,9 @@ def setting_name(row: pd.Series) -> str:
         words.append(part)
     if row["start"] != "pre-trained":
         words.append(row["start"])
-    if row["recipe"] != "full":
+    if row["recipe"] == "corrupted_only" and len(row["layers"]) == 1:
+        words.append("its neighbours frozen")
+    elif row["recipe"] != "full":
         words.append("by " + row["recipe"].replace("_", " "))
     return "healed: " + ", ".join(words)
 
@@ -170,6 +179,12 @@ def censored(cells: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     names = [f"{name}{end}" for name in ("score", "gained", "rise") for end in ends]
     head = [*SETTING, *_ALIKE, "train_size", "epochs", "steps", "n"]
     return pd.DataFrame(rows, columns=[*head, *names, "censored"])
+
+
+def censored_keys(cells: pd.DataFrame, table: pd.DataFrame) -> set[str]:
+    """The cells that the table of `censored` says ended before healing was over."""
+    same = [*SETTING, *_ALIKE, "train_size", "epochs"]
+    return set(cells.merge(table.loc[table["censored"], same], on=same)["key"])
 
 
 def _rises(curves: pd.DataFrame) -> pd.DataFrame:

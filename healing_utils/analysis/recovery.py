@@ -6,7 +6,7 @@ Paper A: Han, Zhang and Simion (2024), Healing Powers of BERT, arXiv 2406.14459.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,84 +17,40 @@ from healing_utils.analysis.effects import (
     binomial_error,
     bounds,
     groups,
-    layer_tuple,
     no_duplicates,
     t_interval,
 )
-from healing_utils.base.errors import HealingError, choose
 
 SIDES = ("bottom", "top", "all")  # corruptions of chosen layers belong to other questions
-CHANCE = {"score": "chance", "score_f1": "chance_f1", "score_accuracy": "chance_accuracy"}
 CORRELATIONS = ("matthews", "spearman")  # metrics that are no share of right answers
-
-_NEEDED = ("model", "task", "state", "side", "level", "kind", "seed")
-_OPTIONAL = {"part": "all", "strength": math.nan, "layers": None, "metric": "", "test_size": 0}
 _SETTING = ["model", "task", "side", "level", "kind", "part", "strength", "layers"]
 
 
-def clean(results: pd.DataFrame, value: str = "score") -> pd.DataFrame:
-    """Result rows with `value` and `chance_value` columns, rounded levels and optional columns."""
-    for name in (*_NEEDED, value):
-        if name not in results:
-            choose(name, [str(c) for c in results.columns], "column of the results")
-    table = results.reset_index(drop=True).copy()
-    for name, default in _OPTIONAL.items():
-        if name not in table:
-            table[name] = [default] * len(table)
-    table["part"] = table.part.where(table.part.notna(), "all")
-    table["strength"] = table.strength.astype(float)
-    table["layers"] = [layer_tuple(x) for x in table.layers]
-    table["level"] = table.level.astype(float).round(LEVEL_DIGITS)
-    table["seed"] = table.seed.astype(int)
-    table["value"] = table[value].astype(float)
-    chance = CHANCE.get(value)
-    table["chance_value"] = table[chance].astype(float) if chance in table else math.nan
-    for names, part in groups(table, ["model", "task"]) if value == "score" else ():
-        found = sorted({str(m) for m in part.metric.dropna()})
-        if len(found) > 1:
-            raise HealingError(
-                f"{names['model']} on {names['task']} was scored by several metrics: "
-                f"{', '.join(found)}; compare them by value='score_f1' or 'score_accuracy'"
-            )
-    return table
+def clean(results: pd.DataFrame) -> pd.DataFrame:
+    """Result rows with rounded levels, and missing strengths as numbers."""
+    level, strength = (results[name].astype(float) for name in ("level", "strength"))
+    return results.assign(level=level.round(LEVEL_DIGITS), strength=strength)
 
 
-def places(corrupted: pd.DataFrame, grid: Mapping[str, Sequence]) -> list[tuple[str, float]]:
-    """The (side, level) pairs that occur or that `grid` expects; level 1 has one side, ``all``."""
-    sides = set(grid.get("sides", corrupted.side))
-    levels = {round(float(x), LEVEL_DIGITS) for x in grid.get("levels", corrupted.level)}
-    return [
-        (side, level)
-        for level in sorted(levels)
-        for side in (("all",) if level == 1 else SIDES[:2])
-        if side in sides or level == 1
-    ]
-
-
-def measures(results: pd.DataFrame, value: str = "score") -> pd.DataFrame:
+def measures(results: pd.DataFrame) -> pd.DataFrame:
     """Damage and recovery of every corrupted cell, one row per setting and seed.
 
-    `results` is the baseline, corruption and recovery tables put together, `value` the score used.
-    Beside `intact`, `broken`, `healed`, `scratch` and `chance` of the same model, task and seed
-    stand `retained` = healed / intact, `retained_above_chance` = (healed - chance) / (intact -
-    chance), and `healing`. What cannot be computed is NaN and `reason` says why. Raises
-    HealingError on missing columns, duplicate cells, and a task scored by two metrics.
+    `results` is the baseline, corruption and recovery tables put together. Beside `intact`,
+    `broken`, `healed`, `scratch` and `chance` of the same model, task and seed stand `retained` =
+    healed / intact, `retained_above_chance` = (healed - chance) / (intact - chance), and `healing`.
+    What cannot be computed is NaN and `reason` says why. Raises HealingError on duplicate cells.
     """
-    table = clean(results, value)
+    table = clean(results)
     unit, cell = ["model", "task", "seed"], [*_SETTING, "seed"]
     damaged = table[table.state.isin(["broken", "healed"])]
     # What both states say is the healed one's word, where there is one.
     damaged = damaged.sort_values("state", ascending=False, kind="stable")
-    rows = damaged.groupby(cell, dropna=False, as_index=False)[
-        ["metric", "test_size", "chance_value"]
-    ].first()
+    said = ["metric", "test_size", "chance"]
+    rows = damaged.groupby(cell, dropna=False, as_index=False)[said].first()
     for state, keys in {"intact": unit, "scratch": unit, "broken": cell, "healed": cell}.items():
         part = table[table.state == state]
         no_duplicates(part, keys, state)
-        part = part[[*keys, "value", "chance_value"]]
-        part = part.rename(columns={"value": state, "chance_value": f"{state}_chance"})
-        rows = rows.merge(part, on=keys, how="left")
-    rows["chance"] = rows.chance_value.fillna(rows.intact_chance)
+        rows = rows.merge(part[[*keys, "score"]].rename(columns={"score": state}), "left", keys)
     rows = rows.sort_values(cell, na_position="first", ignore_index=True)
 
     above = rows.intact - rows.chance

@@ -12,6 +12,7 @@ from healing_utils.base.paths import run_folder
 from healing_utils.base.records import Store, write_atomically
 
 if TYPE_CHECKING:  # imported where tables are made: a study that only plans does not wait for it
+    import numpy as np
     import pandas as pd
 
 Record = dict[str, Any]
@@ -180,17 +181,33 @@ def _load(
 
 def load_curves(run: str | Path, scans: bool = False) -> pd.DataFrame:
     """Score on held-out examples over training, a row a point: ``step score loss`` beside what
-    names the cell and its training; of baseline and recovery, with `scans` of those too."""
+    names the cell and its training; of baseline and recovery, with `scans` of those too. Of intact
+    models ``floor`` is the test score of the better linear model without layers, as a share."""
     names = [*_PLACE, "layers", "start", "recipe", "train_size", "epochs", "learning_rate",
              "evaluations", "head", "scan"]  # fmt: skip
 
     def points(record: Record) -> Iterable[Record]:
-        metric = record["cell"]["metric"]
+        metric, result = record["cell"]["metric"], record["result"]
+        linear = [x["scores"][metric] for x in result.get("floors", {}).values()]
+        intact = result["scores"][metric]
+        floor = max(linear) / intact if linear and intact > 0 else None
         for point in record["result"]["curve"]:
-            yield {"step": point["step"], "score": point.get(metric), "loss": point["loss"]}
+            score = {"score": point.get(metric), "floor": floor}
+            yield {"step": point["step"], "loss": point["loss"]} | score
 
     stages = ("baseline", "recovery", *(["scans"] if scans else []))
     return _load(run, stages, names, "learning curves: run 01 and 03", points)
+
+
+def load_answers(run: str | Path) -> dict[str, np.ndarray]:
+    """Which test items each scored cell answers right, by its key: (items,) of 0 and 1; of those
+    whose record has it."""
+    import numpy as np
+
+    stages = [*TASK_STAGES, *SCAN_STAGES]
+    records = [r for stage in stages for r in planned_records(run_folder(run), stage)]
+    right = {r["key"]: r["result"]["right"] for r in records if "right" in r["result"]}
+    return {key: np.frombuffer(x.encode(), np.uint8) - ord("0") for key, x in right.items()}
 
 
 def load_similarity(

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from healing_utils.analysis.claims import censoring
 from healing_utils.analysis.effects import as_fraction
 from healing_utils.analysis.recovery import measures
 from healing_utils.base.paths import file_name
@@ -88,7 +89,7 @@ def score_points(results: pd.DataFrame):
     for name, mark in {"after fine-tuning": "o", **marks}.items():
         plots.key(figure, name, ls="", marker=mark, ms=5)
     counts = table.groupby(["panel", "line", "state"]).seed.nunique()
-    figure.measure = " or ".join(table.metric.replace("f1", "macro-F1").unique())
+    figure.measure = plots.measure(table)
     figure.said = plots.means(table, ["panel", "line", "state"], "score")
     figure.note = plots.seeds(counts, "a mark each of ")
     return figure, table
@@ -99,7 +100,8 @@ def claims_figure(claims: pd.DataFrame):
     """Effects of the claims in hundredths (of the score; of accuracy, of the damage or the depth,
     where a claim is about these), means over n seeds with 95 % t-intervals, and the verdicts. p:
     exact sign-flip test against the margin (grey), corrected for the primary claims. Filled:
-    decided; open: undecided."""
+    decided; open: undecided. Items: standard error of the test items. A censored cell was still
+    healing when training ended."""
     claims = plots.usable(claims, "verdict").sort_values("claim", kind="stable")
     alone = claims.model.nunique() == 1
     who = ("" if alone else claims.model + ", ") + claims.variant
@@ -115,7 +117,8 @@ def claims_figure(claims: pd.DataFrame):
         note=claims.evidence.str.extract("^(demonstration)")[0].fillna(""),
     )
     shown, margin = claims.dropna(subset="effect"), 100 * claims.margin.iloc[0]
-    each = 0.23 + 0.13 * claims.row.str.count("\n").max()
+    lines = np.maximum(claims.row.str.count("\n"), 1 + (claims.censored > 0))
+    each = 0.23 + 0.13 * lines.max()
     figure, [(axis, rows)] = plots.intervals(shown, "effect", [-2 * margin, 4 * margin], each)
     figure.set_figwidth(plots.PAGE)
     axis.axvspan(
@@ -124,7 +127,9 @@ def claims_figure(claims: pd.DataFrame):
     axis.axvline(0, color=GREY, lw=0.8, zorder=1)
     for row in rows.itertuples():
         p = "" if math.isnan(row.p) else f", p = {row.p:.2g}"
-        note = "\n".join(filter(None, [f"{row.verdict}{p}", f"n = {row.n}", row.note]))
+        items = f", items ± {100 * row.test_error:.1f}" if row.test_error > 0 else ""
+        note = [f"{row.verdict}{p}", f"n = {row.n}{items}", censoring(row), row.note]
+        note = "\n".join(filter(None, note))
         beside = {"transform": axis.get_yaxis_transform(), "va": "center", "color": row.color}
         axis.text(1.01, row.at, note, **beside)
     effects = claims.effect.map("{:.1f} points".format).replace("nan points", "no estimate")
@@ -163,7 +168,7 @@ def similarity(frame: pd.DataFrame):
     return figure, frame, f"{measure} to intact"
 
 
-@captioned("fine-tuning step", "validation score")
+@captioned("fine-tuning step")
 def learning_curves(frame: pd.DataFrame):
     """Score during fine-tuning on held-out training examples. Scratch: from random values; else
     healing after a corruption (reinit, where no kind is named), darker for more layers."""
@@ -175,7 +180,7 @@ def learning_curves(frame: pd.DataFrame):
     figure, drawn = plots.curves(frame, "step", "score", looks, max(2, frame["where"].nunique()))
     for axis, _ in drawn:
         axis.set_xlim(left=0)
-    return figure, frame
+    return figure, frame, f"held-out {plots.measure(frame)}"
 
 
 # --- on their way out ------------------------------------------------------------------------

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from healing_utils.analysis.claims import MARGIN
-from healing_utils.analysis.harm import harm_name
-from healing_utils.analysis.price import by_examples
+from healing_utils.analysis.effects import groups
+from healing_utils.analysis.harm import BUDGET, harm_name, place
+from healing_utils.analysis.price import SHARES, by_examples, ordered
 from healing_utils.base.errors import HealingError
 from healing_utils.report import plots
-from healing_utils.report.plots import COLORS, GREY, captioned
+from healing_utils.report.plots import COLORS, DASH, DASH_DOT, DOTS, GREY, captioned
 
 PARTS = ["all", "attention", "query", "key", "value", "attention_output", "feed_forward",
          "layernorm"]  # fmt: skip
@@ -100,7 +102,7 @@ def league_figure(table: pd.DataFrame):
         order=-table.groupby("recipe")["gain"].transform("mean"),
     ).sort_values("order", kind="stable")
     table = plots.titled(table, "title", "start", "budget", "model")
-    figure, drawn = plots.intervals(table, "gain", [-2, 2], form="+.1f")
+    figure, drawn = plots.intervals(table, "gain", [-2, 2], form="+z.1f")
     for axis, _ in drawn:
         axis.axvspan(-1, 1, color=plots.PALE, lw=0, zorder=0, label="margin of one point")
         axis.axvline(0, color=GREY, lw=0.8, label="full fine-tuning")
@@ -124,12 +126,104 @@ def price_curves(cells: pd.DataFrame):
     looks = {line: {**look, "marker": "o"} for line, look in looks.items()}
     figure, drawn = plots.curves(cells, "train_size", "retained", looks, height=2.2)
     for axis, rows in drawn:
-        for share, side in ((0.9, "top"), (0.95, "center"), (0.99, "bottom")):
-            axis.axhline(share, color=GREY, lw=0.8, ls=":", zorder=1)
-            beside = {"transform": axis.get_yaxis_transform(), "va": side, "color": GREY}
-            axis.text(1.01, share, f"{100 * share:.0f} %", **beside)
+        _mark_shares(axis)
         axis.set_xscale("log", base=2)
         sizes = sorted(rows["train_size"].unique())
         axis.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
         axis.minorticks_off()
     return figure, cells
+
+
+def _mark_shares(axis: Axes) -> None:
+    for share, side in zip(SHARES, ("top", "center", "bottom"), strict=True):
+        axis.axhline(share, color=GREY, lw=0.8, ls=":", zorder=1)
+        beside = {"transform": axis.get_yaxis_transform(), "va": side, "color": GREY}
+        axis.text(1.01, share, f"{share:.0%}".replace("%", " %"), **beside)
+
+
+@captioned("fine-tuning step", "share of intact score")
+def healing_over_time(curves: pd.DataFrame):
+    """How layers heal: score on held-out examples after the bottom or the top layers were redrawn
+    (reinit), as a share of what the intact model of the same seed ends at, in the longest training
+    of each task. Kept: all is trained; taken out: the redrawn layers are dropped. Floor: the better
+    of two linear models that need no layer, on the test set."""
+    whole = curves["part"].isin(["all", "none"]) & (curves["start"] == "pre-trained")
+    hit = curves["side"].isin(["bottom", "top"]) & (curves["kind"] == "reinit")
+    hit &= curves["recipe"].isin(["full", "drop"])
+    table, kept = (
+        curves[whole & curves["score"].notna() & (hit | (curves["state"] == "intact"))],
+        [],
+    )
+    for _, own in groups(table, ["model", "task"]):
+        trainings = [part for _, part in own.groupby(BUDGET) if part["state"].nunique() == 2]
+        if trainings:
+            longest = max(trainings, key=lambda part: (part["step"].max(), part["seed"].nunique()))
+            kept.append(longest[longest["level"].isin([0, longest["level"].max()])])
+    if not kept:
+        raise HealingError("no healed model beside its intact one: nothing to draw")
+    table = pd.concat(kept)
+    of = ["model", "task", "seed"]
+    looked = table.groupby([*of, "side", "recipe"])["evaluations"].transform("max")
+    table = table[table["evaluations"] == looked].sort_values("step", kind="stable")
+    ends = table[table["state"] == "intact"].drop_duplicates(of, keep="last")
+    table = table.merge(ends[[*of, "score"]], on=of, suffixes=("", "_end"))
+    table["retained"] = (table["score"] / table["score_end"]).where(table["score_end"] > 0)
+    how = table["recipe"].map({"full": "kept", "drop": "taken out"})
+    intact = table["state"] == "intact"
+    table["line"] = (table["side"] + ", " + how).mask(intact, "intact")
+    table["where"] = list(map(place, table["side"], table["level"]))
+    table = plots.titled(plots.usable(table, "retained"), "task", "model")
+    looks = {"intact": {"color": COLORS["intact"]}}
+    for side in ("bottom", "top"):
+        looks[f"{side}, kept"] = {"color": COLORS[side]}
+        looks[f"{side}, taken out"] = {"color": COLORS[side], "ls": DASH}
+    figure, drawn = plots.curves(table, "step", "retained", looks, height=2.4)
+    for axis, rows in drawn:
+        if rows["floor"].notna().any():
+            look = {"color": GREY, "lw": 1.2, "ls": DASH_DOT, "zorder": 1}
+            axis.axhline(rows["floor"].mean(), label="floor: no layers", **look)
+        _mark_shares(axis)
+        axis.set_xlim(left=0)
+    figure.note += "; " + ", ".join(table.loc[table["side"] != "none", "where"].unique())
+    return figure, table
+
+
+@captioned("labelled examples")
+def needed_figure(table: pd.DataFrame):
+    """What it takes to reach 90, 95 and 99 % of the intact score, of `price` or `time_to_heal`.
+    Marks: from where the mean stays above; bars: the range that the 95 % t-intervals over seeds
+    leave, dotted where they leave no end. Open, with an arrow: more than was tried. Settings of
+    which nothing can be told are left out."""
+    table = plots.usable(ordered(table) if len(table) else table, "share")
+    more = table["needed"].str.startswith("more").astype(bool)
+    table = table.assign(needs=table["reached"].mask(more, table["largest"]), filled=~more)
+    table["where"] = table["what"].str.removeprefix("healed: ")
+    table = plots.titled(table, "task", "model")
+    for name, unit in (("epochs", "{:g} epochs"), ("learning_rate", "rate {:g}"), ("head", "{}")):
+        if name in table:  # what is not the usual training is named
+            usual = table.groupby("panel")[name].transform(lambda values: values.mode()[0])
+            other = ", " + table[name].map(unit.format)
+            table["where"] += other.where(table[name] != usual, "")
+    known = table.groupby(["panel", "where"])["needs"].transform("count") > 0
+    table = plots.usable(table[known.astype(bool)], "share")
+    color = table["side"].where(table["state"] == "healed", table["state"]).map(COLORS)
+    table = table.assign(
+        **{"row": table["where"], "needs_low": table["from"], "needs_high": table["to"]},
+        color=color.fillna(GREY),
+        dodge=table["share"].map(dict(zip(SHARES, (-0.26, 0, 0.26), strict=True))),
+        marker=table["share"].map(dict(zip(SHARES, "osD", strict=True))),
+    )
+    show = [0, 1.06 * table["largest"].max()]
+    figure, drawn = plots.intervals(table, "needs", show, each=0.3)
+    for axis, rows in drawn:
+        for row in rows[rows["to"].isna() & rows["from"].notna()].itertuples():
+            axis.hlines(row.at, rows["from"][row.Index], row.largest, color=row.color, ls=DOTS)
+        for row in rows[~rows["filled"]].itertuples():
+            beyond = {"textcoords": "offset points", "va": "center", "color": row.color}
+            axis.annotate("\N{RIGHTWARDS ARROW}", (row.needs, row.at), (4, 0), **beyond)
+    for share, marker in zip(SHARES, "osD", strict=True):
+        plots.key(figure, f"{share:.0%}".replace("%", " %"), marker=marker, ls="")
+    said = table.groupby(["panel", "where"], sort=False)["needed"].agg(", ".join)
+    figure.said = "; ".join(f"{', '.join(names)}: {needed}" for names, needed in said.items())
+    figure.measure = "fine-tuning steps" if "epochs" in table else "labelled examples"
+    return figure, table

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from healing_utils.analysis.effects import as_fraction, layer_tuple, t_interval
+from healing_utils.analysis.effects import t_interval
+from healing_utils.analysis.harm import place
 from healing_utils.base.errors import HealingError
 
 PAGE = 6.9  # inches
@@ -144,7 +145,8 @@ def curves(
     for line in [line for line in looks if (frame["line"] == line).any()]:
         key(figure, line, **looks[line])
     for axis, rows in drawn:
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        most = 8 if frame[x].max() < 1000 else 4  # numbers as long as these side by side
+        axis.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
         # As many before as after the layout.
         axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         for line, part in wide.loc[rows["panel"].iloc[0]].groupby(level=0):
@@ -163,7 +165,7 @@ def curves(
 def sided(frame: pd.DataFrame, kind: str = "kind") -> tuple[pd.DataFrame, dict[str, dict]]:
     """With columns `line`, of the state of whole networks and else of side, level and kind, and
     `color`; and how each line looks: darker for more layers, dashed for kinds but reinit."""
-    layers = frame["layers"].map(layer_tuple) if "layers" in frame else [()] * len(frame)
+    layers = frame["layers"] if "layers" in frame else [()] * len(frame)
     whole = frame["state"].isin(["intact", "scratch", "untrained"])
     other = frame[kind].where(~whole & (frame[kind] != "reinit"), "")
     line = list(map(place, frame["side"], frame["level"], layers))
@@ -184,7 +186,7 @@ def sided(frame: pd.DataFrame, kind: str = "kind") -> tuple[pd.DataFrame, dict[s
 
 
 def intervals(
-    frame: pd.DataFrame, value: str, show: Sequence[float], each=0.24, form=".2f"
+    frame: pd.DataFrame, value: str, show: Sequence[float], each=0.24, form="z.2f"
 ) -> tuple[Figure, Panels]:
     """A dot with its t-interval for each `row`, of ``value value_low value_high color filled dodge
     marker`` (dodge: down, in rows), at the height `at`. Panels stand side by side where all have
@@ -200,7 +202,7 @@ def intervals(
     pad = 0.04 * (most - least)
     left = max(2 * least - most, np.fmin(least, frame[f"{value}_low"].min())) - pad
     right = min(2 * most - least, np.fmax(most, frame[f"{value}_high"].max())) + pad
-    figure.note = seeds(frame["n"]).replace("seed", "unit") + "; bars: 95 % t-intervals"
+    figure.note = seeds(frame["n"]) + "; bars: 95 % t-intervals"
     figure.said = means(frame, ["panel", "row"], value, form)
     for (axis, part), rows in zip(drawn, names, strict=True):
         axis.set_yticks(range(len(rows)), rows)
@@ -218,7 +220,7 @@ def intervals(
 
 def heat_maps(
     frame: pd.DataFrame, row: str, column: str, value: str, label: str, columns=1, low=0.0,
-    fmt=".2f",
+    fmt="z.2f",
 ) -> tuple[Figure, Panels]:  # fmt: skip
     """A heat map of the means of each `panel`, its rows in the order in which they come, on one
     scale from `low` on. Cells hold their number up to 14 across; missing ones are blank."""
@@ -285,13 +287,6 @@ def everywhere(frame: pd.DataFrame, rows: pd.Series, column: str) -> pd.DataFram
     return pd.concat([*(copies or [frame[rows]]), frame[~rows]])
 
 
-def place(side: str, level: float, layers: Sequence[int] = ()) -> str:
-    """Where a corruption hit: ``bottom 1/2``, ``all layers``; chosen ones as `LAYER` counts."""
-    if side == "custom" and len(layers):
-        return "layers " + ", ".join(str(layer + 1) for layer in layers)
-    return "all layers" if side == "all" else f"{side} {as_fraction(level)}"
-
-
 def seeds(counts: Iterable[float], of: str = "mean of ") -> str:
     """``mean of n = 3 seeds``, or a range where it is not everywhere the same."""
     low, high = int(min(counts)), int(max(counts))
@@ -309,17 +304,23 @@ def context(frame: pd.DataFrame) -> str:
     return "; ".join(said)
 
 
+def measure(frame: pd.DataFrame) -> str:
+    """The metrics of scores, by name."""
+    found = frame["metric"] if "metric" in frame else pd.Series(["score"])
+    return " or ".join(found.replace("f1", "macro-F1").unique())
+
+
 def at_ends(frame: pd.DataFrame, x: str, y: str) -> str:
     """The curves in words: of every panel and line the means at its ends."""
     said = []
     for names, part in frame.groupby(["panel", "line"], sort=False):
         mean = part.groupby(x)[y].mean().iloc[[0, -1]]
-        at = " to ".join(f"{value:.2f} at {round(k, 2):,g}" for k, value in mean.items())
+        at = " to ".join(f"{value:z.2f} at {round(k, 2):,g}" for k, value in mean.items())
         said.append(f"{', '.join(names)}: {at}")
     return "; ".join(said)
 
 
-def means(frame: pd.DataFrame, by: list[str], value: str, form: str = ".2f") -> str:
+def means(frame: pd.DataFrame, by: list[str], value: str, form: str = "z.2f") -> str:
     """The mean of every group in words."""
     found = frame.groupby(by, sort=False)[value].mean().dropna()
     return "; ".join(f"{', '.join(filter(None, names))} {x:{form}}" for names, x in found.items())

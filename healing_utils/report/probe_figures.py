@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
-from healing_utils.analysis.effects import layer_tuple, means
+from healing_utils.analysis.effects import means
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.report import plots
 from healing_utils.report.plots import COLORS, DASH, DASH_DOT, DOTS, captioned
@@ -49,12 +49,13 @@ def neuron_histogram(by_layer: pd.DataFrame):
     return _before_after(cells, "share", "share of set")
 
 
-def _before_after(frame: pd.DataFrame, value: str, name: str):
+def _before_after(frame: pd.DataFrame, value: str, name: str, x: str = "layer"):
     """A row of panels for each place: before, and the change; or all as it is, where only the one
     or the other was probed."""
     before, after = frame[frame.state != "intact"], frame[frame.state == "intact"]
-    known = before.loc[before.state == "pretrained", [*POINT, value]]
-    change = after.merge(known, on=POINT, suffixes=("", "_before"))
+    known = before[before.network.isin(["pre-trained", "strongest"])]
+    at = [*POINT[:-1], x]
+    change = after.merge(known[[*at, value]], on=at, suffixes=("", "_before"))
     layout, names = {}, [name]
     if len(change):
         change[value] -= change[f"{value}_before"]
@@ -66,9 +67,10 @@ def _before_after(frame: pd.DataFrame, value: str, name: str):
     looks = {
         "pre-trained": {"color": COLORS["intact"], "marker": "o"},
         "random weights": {"color": COLORS["scratch"], "marker": "x", "ls": DASH_DOT},
+        **dict(RANKS.values()),
         **plots.task_looks(after.network),
     }
-    figure, _ = plots.curves(frame, "layer", value, looks, **layout)
+    figure, _ = plots.curves(frame, x, value, looks, **layout)
     return figure, frame, names
 
 
@@ -121,14 +123,18 @@ def state_heatmap(probing: pd.DataFrame, value: str = "selectivity"):
 @captioned("neurons kept (log scale)", "accuracy")
 def accuracy_by_neurons(curve: pd.DataFrame):
     """Accuracy of linear probes that see only k of the neurons of all layers, trained again at
-    every k: the strongest by rank, as many drawn at random, the weakest."""
+    every k: the strongest by rank, as many drawn at random, the weakest; and what fine-tuning on a
+    task changes for its own strongest, paired by seed."""
     frame = _cells(curve, "accuracy", ["pretrained", "intact"])
-    frame, figure, drawn = _ranked(frame[frame.k > 0], "k", "accuracy")
-    for axis, _ in drawn:
+    frame = frame[(frame.k > 0) & ((frame.state == "pretrained") | (frame.which == "top"))]
+    ranks = frame.which.map({which: name for which, (name, _) in RANKS.items()})
+    frame["network"] = frame.network.mask(frame.state == "pretrained", ranks)
+    figure, frame, names = _before_after(frame, "accuracy", "accuracy", "k")
+    for axis in figure.axes:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:,g}")
         axis.minorticks_off()
-    return figure, frame
+    return figure, frame, names
 
 
 @captioned("neurons ablated (% of all)")
@@ -145,8 +151,7 @@ def ablation_curves(ablation: pd.DataFrame):
     frame, figure, drawn = _ranked(frame, "percent", "change")
     for axis, _ in drawn:
         axis.axhline(0, color=COLORS["intact"], lw=1, zorder=1, label="nothing ablated")
-    metrics = frame.metric.replace("f1", "macro-F1").unique()
-    return figure, frame, f"change in {' or '.join(metrics)}"
+    return figure, frame, f"change in {plots.measure(frame)}"
 
 
 @captioned("loss: intact - healed")
@@ -167,7 +172,7 @@ def loss_against_loss(table: pd.DataFrame):
         axis.axvline(0, color=COLORS["intact"], lw=1, label="intact")
     for loss, (marker, _) in losses.items():
         plots.key(figure, loss.replace("_", " "), marker=marker, ls="")
-    figure.said = plots.means(shown, ["panel", "row", "name"], "loss", ".3f")
+    figure.said = plots.means(shown, ["panel", "row", "name"], "loss", "z.3f")
     return figure, shown
 
 
@@ -176,7 +181,6 @@ def _cells(table: pd.DataFrame, value: str, states: list[str]) -> pd.DataFrame:
     and column), `damage` (where the layers were hit) and `network` (the model, in words)."""
     frame = plots.usable(table[table.state.isin(states)] if len(table) else table, value)
     frame = frame.assign(damage="", place=frame.corpus + " \N{MIDDLE DOT} " + frame["column"])
-    frame["layers"] = frame.layers.map(layer_tuple)
     harmed = frame.state.isin(["broken", "healed"])
     damage = pd.Series(map(plots.place, frame.side, frame.level, frame.layers), frame.index)
     damage += ", " + frame.kind if frame.kind[harmed].nunique() > 1 else ""

@@ -23,7 +23,7 @@ def show_table(frame: pd.DataFrame, caption: str = "", digits: int = 3) -> None:
     from IPython.display import display
 
     def text(value: Any) -> str:
-        shown = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        shown = f"{value:z.{digits}f}" if isinstance(value, float) else str(value)
         return "–" if shown in ("nan", "None") else shown
 
     shown = frame.assign(level=frame["level"].map(share)) if "level" in frame else frame
@@ -60,6 +60,6 @@ def show_claims(
 def with_interval(summary: pd.DataFrame, name: str, digits: int = 3) -> list[str]:
     """``mean [low, high]`` of a column of `recovery.summary`, as text."""
     rows = summary[[name, f"{name}_low", f"{name}_high"]].to_numpy()
-    texts = [[f"{x:.{digits}f}" for x in row] for row in rows]
+    texts = [[f"{x:z.{digits}f}" for x in row] for row in rows]
     texts = [mean if low == "nan" else f"{mean} [{low}, {high}]" for mean, low, high in texts]
     return ["–" if text == "nan" else text for text in texts]
