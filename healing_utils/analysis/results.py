@@ -219,7 +219,7 @@ def load_similarity(
 
     def layers(record: Record) -> Iterable[Record]:
         if record["cell"]["state"] == state:
-            for measure, values in record["result"]["similarity"].items():
+            for measure, values in record["result"].get("similarity", {}).items():
                 for layer, value in enumerate(values):
                     yield {"layer": layer, "measure": measure, "similarity": value}
 
@@ -233,8 +233,7 @@ def load_changes(run: str | Path, stage: str = "corruption") -> pd.DataFrame:
     ``change_ROLE``, by role of the tensors the mean norm of the change over the norm before."""
 
     def change(record: Record) -> Iterable[Record]:
-        if record["cell"]["state"] != "untrained":
-            changed = record["result"]["changed"]
+        if changed := record["result"].get("changed"):  # not of what is untrained or taken out
             roles = {f"change_{role}": x for role, x in changed["relative_change"].items()}
             finite = {"values": changed["values"], "not_finite": changed.get("not_finite", 0)}
             yield finite | roles

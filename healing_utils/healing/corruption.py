@@ -31,7 +31,7 @@ class Kind:
     summary: str  # the first line of its docstring
     strength: str | None = None  # what its strength means, None where it has none
     allowed: tuple[float, float] = (0.0, math.inf)
-    spares_vectors: bool = False  # biases and normalisations keep their values
+    only: str = ""  # all that it changes: ``matrices`` or ``normalisations``
     cannot_heal: tuple[str, ...] = ()  # parts that no gradient can bring back
 
 
@@ -149,7 +149,37 @@ def bits_bfloat16(piece: Piece, generator: Generator, strength: float) -> Tensor
     return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator).float()
 
 
-@_kind("bits a value, from 2 to 16", allowed=(2, 16), spares_vectors=True)
+@_kind("probability that it flips, of each value", allowed=(0.0, 1.0))
+def bits_exponent(piece: Piece, generator: Generator, strength: float) -> Tensor:
+    """Random flips of the highest exponent bit in the bfloat16 representation alone."""
+    return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator, [14]).float()
+
+
+@_kind("probability that a bit flips, each of a value's other 15", allowed=(0.0, 1.0))
+def bits_other(piece: Piece, generator: Generator, strength: float) -> Tensor:
+    """Random bit flips in the bfloat16 representation, the highest exponent bit spared."""
+    other = [bit for bit in range(16) if bit != 14]
+    return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator, other).float()
+
+
+@_kind("features of each normalisation", allowed=(1, 4096), only="normalisations")
+def outliers(piece: Piece, generator: Generator, strength: float) -> Tensor:
+    """The features whose weight is farthest from its normalisation's mean: weight and bias 0.
+
+    After Kovaleva et al. (2021, arXiv 2105.06990), who find a few such features by their size."""
+    weight = piece.module.get_parameter(piece.path.rpartition(".")[0] + ".weight").detach().cpu()
+    far = (weight - weight.mean()).abs().argsort(descending=True, stable=True)
+    return piece.values.index_fill(0, far[: int(strength)], 0.0)
+
+
+@_kind("values of each weight and each bias", allowed=(1, 4096), only="normalisations")
+def outliers_control(piece: Piece, generator: Generator, strength: float) -> Tensor:
+    """As many values of each normalisation, drawn at random, 0: the control of `outliers`."""
+    order = torch.randperm(piece.values.numel(), generator=generator, device="cpu")
+    return piece.values.index_fill(0, order[: int(strength)], 0.0)
+
+
+@_kind("bits a value, from 2 to 16", allowed=(2, 16), only="matrices")
 def quantise(piece: Piece, generator: Generator, strength: float) -> Tensor:
     """Matrices rounded to 2^bits - 1 levels, symmetric, one scale a row of the first axis.
 
@@ -160,7 +190,7 @@ def quantise(piece: Piece, generator: Generator, strength: float) -> Tensor:
     return torch.where(step > 0, (rows / step).round() * step, rows)
 
 
-@_kind("share of a tensor's values set to 0", allowed=(0.0, 1.0), spares_vectors=True)
+@_kind("share of a tensor's values set to 0", allowed=(0.0, 1.0), only="matrices")
 def prune(piece: Piece, generator: Generator, strength: float) -> Tensor:
     """The values of smallest magnitude in each matrix set to 0 (Han et al. 2015).
 
@@ -176,11 +206,15 @@ def _chosen(values: Tensor, probability: float, generator: Generator) -> Tensor:
     return drawn < probability
 
 
-def _flip_bits(values: Tensor, whole: torch.dtype, rate: float, generator: Generator) -> Tensor:
-    """Each bit of every value flipped with probability `rate`; `whole` is an integer as wide."""
+def _flip_bits(
+    values: Tensor, whole: torch.dtype, rate: float, generator: Generator,
+    which: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Each bit of every value, or `which` of them (0 is the lowest), flipped with probability
+    `rate`; `whole` is an integer as wide."""
     bits = 8 * values.itemsize
     mask = torch.zeros(values.shape, dtype=torch.int64, device="cpu")
-    for bit in range(bits):
+    for bit in range(bits) if which is None else which:
         mask |= _chosen(values, rate, generator).long() << bit
     mask = torch.where(mask >= 1 << bits - 1, mask - (1 << bits), mask)  # as a signed number
     return (values.contiguous().view(whole) ^ mask.to(whole)).view(values.dtype)
@@ -245,11 +279,13 @@ def corrupt(
     scattered = bool(chosen) and side == "scattered" and encoders.parse_layers(layers) is None
     share = encoders.parse_level(level) if scattered else 1.0
     planned = encoders.pieces(model, part, chosen)
-    if rule.spares_vectors:
+    if rule.only == "matrices":
         planned = [p for p in planned if p.parameter.dim() > 1 and not p.is_bias]
+    elif rule.only:
+        planned = [p for p in planned if p.role == "layernorm"]
     if not planned:
         where = f"{type(model).__name__} has no {part}" + (f" in layers {chosen}" if chosen else "")
-        spared = f" that kind {kind!r} changes: it spares vectors" if rule.spares_vectors else ""
+        spared = f" that kind {kind!r} changes: it is for {rule.only}" if rule.only else ""
         raise HealingError(where + spared)
     for piece in planned:
         parameter = piece.parameter

@@ -44,6 +44,9 @@ def _intact(study: Any, cell: Cell) -> dict[str, Any]:
 
 def _broken(study: Any, cell: Cell) -> dict[str, Any]:
     broken = copy.deepcopy(_shared_intact(study, cell)[0])
+    if cell.recipe == "drop":  # not corrupted but taken out: no layer is left to compare
+        recipes.RECIPES["drop"].prepare(recipes.Patient(broken, cell.layers, cell.seed))
+        return _score(study, cell, broken)
     changed = _corrupt(cell, broken)
     alike = similarity(study, cell, broken)
     return {**_score(study, cell, broken), "similarity": alike, **changed}

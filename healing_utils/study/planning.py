@@ -80,7 +80,11 @@ def task_cell(
     if state not in CORRUPTED:
         p["part"] = "all"
     if state != "healed":
-        p |= {"start": "pre-trained", "recipe": "full"}
+        # What is broken is not trained, but its layers may be taken out where a scan asks for it.
+        given = how.get("recipe", "full") if state == "broken" else "full"
+        if given not in ("full", "drop"):
+            raise HealingError(f"recipe {given!r} trains: what is broken takes 'full' or 'drop'")
+        p |= {"start": "pre-trained", "recipe": given}
     part, start, recipe, head = (p[name] for name in ("part", "start", "recipe", "head"))
     settings = sorted(how.keys() - {"part", "start", "recipe"})
     settings = {name: how[name] for name in settings if how[name] != usual[name]}
@@ -201,7 +205,8 @@ def _expand(study: Any, grid: dict[str, Any]) -> Iterator[Cell]:
     each = product(study.parameters["model"], grid["task"], grid["seeds"], grid["state"])
     for model, task, seed, state in each:
         given = for_task(grid, task)
-        fields = {"broken": (), "healed": ("start", "recipe", *BUDGET)}.get(state, BUDGET)
+        alone = ("recipe",) if grid["state"] == ["broken"] else ()
+        fields = {"broken": alone, "healed": ("start", "recipe", *BUDGET)}.get(state, BUDGET)
         fields = [name for name in fields if given[name] is not None]
         ways = product(*(given[name] for name in fields))
         ways = [dict(zip(fields, values, strict=True)) for values in ways]

@@ -1,11 +1,13 @@
 """Damage is exact: the planned tensors change as the kind says, and nothing else does."""
 
+import copy
 import hashlib
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from healing_utils.healing.encoders import (
 # Strong enough that every tensor of a tiny model, 16 values at the least, changes.
 STRENGTHS = {
     "noise": 0.5, "sign_flip": 0.9, "bits_float32": 0.1, "bits_bfloat16": 0.2, "quantise": 3,
-    "prune": 0.5,
+    "prune": 0.5, "bits_exponent": 0.9, "bits_other": 0.2, "outliers": 2, "outliers_control": 2,
 }  # fmt: skip
 BAD_SEEDS = (-1, 0.5, None, True, "x", 2**64, 10**5000, "9" * 5000)
 REDRAWN = ("init", "reinit", "reinit_sqrt5")  # their values do not depend on those before
@@ -47,7 +49,9 @@ def damaged(kind="reinit", family="bert", **plan):
 
 
 def spared(kind, name, parameter):
-    return KINDS[kind].spares_vectors and (parameter.dim() < 2 or name.endswith("bias"))
+    vector = parameter.dim() < 2 or name.endswith("bias")
+    norm = "norm" in name.lower()
+    return {"matrices": vector, "normalisations": not norm}.get(KINDS[kind].only, False)
 
 
 def snapshot(model):
@@ -100,10 +104,9 @@ NAMED = st.fixed_dictionaries({"layers": st.sets(st.integers(0, LAYERS - 1), min
 def test_exactly_what_is_planned_changes(family, head, where, part, kind, seed):
     model = tiny_model(family, head)
     before, ours = snapshot(model), copies(model)
-    if KINDS[kind].spares_vectors and part == "layernorm":
-        with pytest.raises(
-            HealingError, match="has no layernorm in layers .* that kind .* changes"
-        ):
+    meant = pieces(model, part, resolve_layers(LAYERS, seed=seed, **where))
+    if all(spared(kind, p.name, p.parameter) for p in meant):
+        with pytest.raises(HealingError, match=f"has no {part} in layers .* that kind .* changes"):
             damage(model, kind, part=part, **where)
         assert not changed(before, model)
         return
@@ -143,12 +146,17 @@ def test_embeddings_and_pooler_are_all_that_changes(family, head):
                 break
             own = {parameter: name for name, parameter in model.named_parameters()}
             hit = [p.parameter for p in parts if not spared(kind, p.name, p.parameter)]
+            if not hit:
+                with pytest.raises(HealingError, match=f"has no {part} that kind .* changes"):
+                    damage(model, kind, part=part)
+                continue
             report = damage(model, kind, part=part, side="top", level=1)  # which say nothing here
             assert changed(before, model) == {own[parameter] for parameter in hit}
             assert (report.layers, report.part) == ((), part) and len(report.tensors) == len(hit)
             assert set(report.tensors.layer) == {-1}
             rows = {shape[0] for shape in report.tensors["shape"]}
-            assert part == "pooler" or model.config.vocab_size in rows
+            whole = part == "embeddings" and KINDS[kind].only != "normalisations"
+            assert not whole or model.config.vocab_size in rows
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -384,7 +392,7 @@ def test_the_seed_decides_and_not_the_random_state_or_the_default_device(kind):
     state = torch.get_rng_state()
     first = digest(damaged(kind))
     assert torch.equal(torch.get_rng_state(), state)
-    if kind not in ("zero", "quantise", "prune"):
+    if kind not in ("zero", "quantise", "prune", "outliers"):  # which draw nothing
         others = [digest(damaged(kind, seed=seed)) for seed in (1, 2**32, "1")]
         assert first not in others and others[0] == others[2] != others[1]
     torch.manual_seed(12)
@@ -552,3 +560,31 @@ def test_kinds_say_what_they_do_and_are_spelt_as_they_are_read():
         assert spell_kind(*parse_kind(spelt)) == spelt
     with pytest.raises(HealingError, match="Did you mean 'noise'"):
         parse_kind("nois=0.5")
+
+
+def test_outliers_are_the_planted_features_and_their_control_as_many_others():
+    model = tiny_model("bert")
+    norms = [p for p in pieces(model, "layernorm") if p.name.endswith("weight")]
+    for norm in norms:
+        norm.module.get_parameter(norm.path).data[[3, 11]] = torch.tensor([9.0, -7.0])
+    before = layer_parameters(copy.deepcopy(model))
+    corrupt(model, level=1, kind="outliers", strength=2)
+    for name, parameter in layer_parameters(model).items():
+        zeroed = (parameter != before[name]).nonzero().flatten().tolist()
+        assert zeroed == ([3, 11] if "norm" in name.lower() else []), name
+    other = tiny_model("bert")
+    report = corrupt(other, level=1, kind="outliers_control", strength=2)
+    assert all((p == 0).sum() == 2 for n, p in layer_parameters(other).items() if "Norm" in n)
+    assert len(report.tensors) == 2 * len(norms)
+
+
+def test_the_highest_exponent_bit_and_the_others_are_flipped_apart():
+    value = torch.tensor([1.0])
+    assert _bits(value, "bits_exponent", 1.0).isinf().all()  # 0x3F80 becomes 0x7F80
+    flipped = _bits(value, "bits_other", 1.0).bfloat16().view(torch.int16) ^ 0x3F80
+    assert flipped.item() & 0xFFFF == 0xBFFF
+
+
+def _bits(value, kind, rate):
+    piece = SimpleNamespace(values=value)
+    return KINDS[kind].draw(piece, torch.Generator(), rate)
