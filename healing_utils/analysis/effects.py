@@ -149,6 +149,16 @@ def no_duplicates(rows: pd.DataFrame, names: Sequence[str], what: str) -> None:
         )
 
 
+def one_metric(cells: pd.DataFrame) -> None:
+    """Refuse scores of a task by several metrics: a stage may have been planned with another."""
+    for names, part in groups(cells, ["model", "task"]):
+        if part["metric"].nunique() > 1:
+            raise HealingError(
+                f"{names['model']} on {names['task']} was scored by several metrics: "
+                f"{', '.join(sorted(part['metric'].unique()))}; run its stages with one"
+            )
+
+
 def as_fraction(level: float) -> Fraction:
     """A level as the fraction it stands for: 0.333333 is 1/3."""
     return Fraction(float(level)).limit_denominator(48)

@@ -14,7 +14,14 @@ from pathlib import Path
 import pandas as pd
 
 from healing_utils.analysis import results
-from healing_utils.analysis.effects import LEVEL_DIGITS, as_fraction, bounds, groups, means
+from healing_utils.analysis.effects import (
+    LEVEL_DIGITS,
+    as_fraction,
+    bounds,
+    groups,
+    means,
+    one_metric,
+)
 from healing_utils.base.errors import HealingError
 
 # What makes a training another one; the moments at which it is looked at do not.
@@ -43,6 +50,7 @@ def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
     `retained` = score / intact; `usual`, whether the budget is that of the study's parameters, and
     `budget`, in words how it differs; `variant`, in words harm, recipe, start and budget."""
     cells = cells[cells["state"] != "untrained"].reset_index(drop=True)  # a floor, no harm
+    one_metric(cells)
     cells["scan"] = cells["scan"].fillna("main") if "scan" in cells else "main"
     cells["level"] = cells["level"].astype(float).round(LEVEL_DIGITS)
     cells["harm"] = spell_harms(cells)

@@ -18,6 +18,7 @@ from healing_utils.analysis.effects import (
     bounds,
     groups,
     no_duplicates,
+    one_metric,
     t_interval,
 )
 
@@ -38,8 +39,10 @@ def measures(results: pd.DataFrame) -> pd.DataFrame:
     `results` is the baseline, corruption and recovery tables put together. Beside `intact`,
     `broken`, `healed`, `scratch` and `chance` of the same model, task and seed stand `retained` =
     healed / intact, `retained_above_chance` = (healed - chance) / (intact - chance), and `healing`.
-    What cannot be computed is NaN and `reason` says why. Raises HealingError on duplicate cells.
+    What cannot be computed is NaN and `reason` says why. Raises HealingError on duplicate cells,
+    and on a task scored by two metrics.
     """
+    one_metric(results)
     table = clean(results)
     unit, cell = ["model", "task", "seed"], [*_SETTING, "seed"]
     damaged = table[table.state.isin(["broken", "healed"])]

@@ -40,7 +40,8 @@ def cells(*rows, seeds=SEEDS) -> pd.DataFrame:
     return harm.beside_intact(pd.DataFrame(out))
 
 
-MADE = ["harm", "intact", "usual", "budget", "variant", "loss", "retained"]
+MADE = ["harm", "intact", "score_intact", "key_intact", "usual", "budget", "variant", "loss",
+        "retained"]  # fmt: skip
 
 
 def again(*tables: pd.DataFrame) -> pd.DataFrame:
@@ -141,9 +142,10 @@ def together(*parts):
 
 
 class Planted(Tables):
-    """A run's tables, given; the stages of `lost` lack a planned cell."""
+    """A run's tables, given; the stages of `lost` lack a planned cell. `right` are the answers by
+    key, and `unfinished` the keys of cells that were still healing."""
 
-    def __init__(self, made=None, scored=None, lost=()):
+    def __init__(self, made=None, scored=None, lost=(), right=(), unfinished=()):
         super().__init__("planted")
         none = made is None
         made = made or study(tasks=TASKS[:1], seeds=(0,))
@@ -152,7 +154,8 @@ class Planted(Tables):
             probing=checked(made.probing.head(0) if none else made.probing),
             neurons=checked(made.neurons.head(0) if none else made.neurons, "neurons"),
             scores=made.scores,
+            answers=dict(right).get,
+            censored_keys=set(unfinished),
         )
         vars(self)["equally_trained"] = vars(self)["probing"]
-
         self.missing = lambda stage: [f"a cell of {stage}"] if stage in lost else []

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import INTACT, Planted, cells
+from scipy import stats
 
 from healing_utils.analysis import claims as builder
-from healing_utils.analysis.claims import Claim, decide, in_words, units
+from healing_utils.analysis.claims import Claim, apart, contrast, decide, in_words, units
 from healing_utils.base.errors import HealingError
+from healing_utils.report.figures import claims_figure
 
 SPREAD = np.array([-3e-3, -2e-3, -1e-3, 1e-3, 2e-3, 3e-3])
 
@@ -130,7 +132,27 @@ def test_the_organism_demonstrates():
     assert found.evidence.tolist() == [builder.DEMONSTRATION, ""]
 
 
+def test_the_error_of_the_test_items_is_paired():
+    """All cells and seeds answer the same items: what they have in common is no error."""
+    rng = np.random.default_rng(0)
+    right = {f"{name}{seed}": rng.random(400) < share for seed in range(6)
+             for name, share in (("a", 0.8), ("b", 0.7))}  # fmt: skip
+    rows = pd.DataFrame(
+        {"task": "t", "seed": int(key[1:]), "key": key, "score": x.mean(),
+         "weight": 1.0 if key[0] == "a" else -1.0} for key, x in right.items()
+    )  # fmt: skip
+    names = {"model": "m", "variant": "", "main": False}
+    entry = Claim("T", "", "", "", lambda tables: iter([contrast(names, rows)]))
+    found = decide(Planted(scored=cells(INTACT), right=right), {"T": entry})[0].iloc[0]
+    items = np.mean([right[f"a{i}"] * 1.0 - right[f"b{i}"] for i in range(6)], axis=0)
+    assert (found.effect, found.test_error) == pytest.approx((items.mean(), stats.sem(items)))
+    assert f"test items {100 * stats.sem(items):.1f}" in in_words(found.to_frame().T)[0]
+    right.pop("b3")  # a record from before they were kept
+    assert math.isnan(decide(Planted(right=right), {"T": entry})[0].test_error[0])
+
+
 def test_a_researcher_adds_a_claim_in_one_place(monkeypatch):
+    """In at most 25 lines; the table, the sentence, the figure and `entries` then have it."""
     monkeypatch.setattr(builder, "LEDGER", {})
 
     @builder.claim("N", "The top costs nothing", "a paper, section 2", "healed tops",
@@ -139,8 +161,15 @@ def test_a_researcher_adds_a_claim_in_one_place(monkeypatch):
         top = tables.cells[tables.cells["side"] == "top"]
         for model, part in top.groupby("model"):
             names = {"model": model, "variant": "", "main": False}
-            yield units(names, -part.set_index(["task", "seed"])["loss"])
+            yield contrast(names, apart(part, "intact"))
 
     table = cells(INTACT, {"side": "top", "layers": (3, 4, 5), "score": 0.895})
-    row = decide(Planted(scored=table), builder.LEDGER)[0].iloc[0]
+    found = decide(Planted(scored=table), builder.entries("N"))[0]
+    row = found.iloc[0]
     assert (row.verdict, row.n) == ("holds", 6) and row.effect == pytest.approx(-0.005, abs=1e-3)
+    assert (row.cells, row.censored) == (12, 0)
+    assert in_words(found)[0].startswith("N, m: The top costs nothing. Holds: -0.5 points")
+    (axis,) = claims_figure(found).axes
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["N  The top costs nothing"]
+    found = decide(Planted(scored=cells(INTACT)), builder.entries("N"))[0]
+    assert found.reason.tolist() == ["it needs healed tops"]

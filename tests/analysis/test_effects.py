@@ -33,18 +33,6 @@ def test_a_missing_value_is_refused_rather_than_dropped(function, bad):
         function([0.1, bad, 0.2])
 
 
-def test_t_interval_covers_at_three_values_where_the_bootstrap_does_not():
-    rng = np.random.default_rng(0)
-    studies = rng.normal(0.0, 1.0, (2000, 3))
-    t_covers = np.mean([i.low <= 0 <= i.high for i in map(effects.t_interval, studies)])
-    # All 27 resamples of three values are few enough to list: the percentile bootstrap, exactly.
-    resamples = np.array(list(itertools.product(range(3), repeat=3)))
-    low, high = np.percentile(studies[:, resamples].mean(axis=2), [2.5, 97.5], axis=1)
-    # 2,000 studies: the standard error of a coverage of 0.95 is 0.005
-    assert t_covers == pytest.approx(0.95, abs=0.02)
-    assert np.mean((low <= 0) & (0 <= high)) < 0.85
-
-
 # --- sign flips ---
 
 
@@ -94,22 +82,6 @@ def test_claims_are_tested_against_the_margin(direction, holds, fails, open_):
         assert (p < 0.05, against < 0.05) == (sure, opposite)
     if direction == "same":  # on both sides
         assert effects.p_opposite(spread - 0.02, direction, 0.01) < 0.05
-
-
-def test_seeds_averaged_over_tasks_cover_and_null_studies_rarely_hold():
-    """Tasks that correlate within a seed and spread unequally, at the margin."""
-    rng, studies = np.random.default_rng(0), 2000
-    scale = np.array([0.3, 1.0, 2.0])[:, None] * 0.01
-    covered = held = 0
-    for _ in range(studies):
-        own = 0.7 * rng.normal(size=(1, 6)) + 0.71 * rng.normal(size=(3, 6))  # (tasks, seeds)
-        seeds = (0.01 + scale * own).mean(axis=0)
-        interval = effects.t_interval(seeds)
-        covered += interval.low <= 0.01 <= interval.high
-        held += effects.p_value(seeds, "more", 0.01) < 0.05
-    # Standard errors over 2,000 studies: 0.005 of either.
-    assert covered / studies == pytest.approx(0.95, abs=0.015)
-    assert held / studies <= 0.05 + 0.015
 
 
 # --- corrections and sizes ---

@@ -14,7 +14,6 @@ from healing_utils.analysis import harm, price, results
 from healing_utils.analysis.claims import decide
 from healing_utils.analysis.ledger import Tables
 from healing_utils.report import harm_figures
-from healing_utils.report.figures import alt_text
 from healing_utils.study.study import Study
 
 # --- The map --------------------------------------------------------------------------------------
@@ -68,7 +67,7 @@ def test_recipes_for_different_layers_are_not_mixed():
     ]
     rows.append({**rows[0], "recipe": "drop"})
     table = harm.league(cells(INTACT, *rows)).set_index("recipe")
-    assert set(table["place"]) == {"layer 0"} and (table["n"] == len(SEEDS)).all()
+    assert set(table["place"]) == {"layer 1"} and (table["n"] == len(SEEDS)).all()
     assert table.loc["drop", "gain"] == pytest.approx(0, abs=1e-3)
 
 
@@ -234,7 +233,7 @@ def test_every_table_and_figure_is_made_from_a_run(run):
         harm_figures.harm_similarity(harm.most_kinds(similar)),
     ]
     for figure in drawn:
-        assert figure.caption and len(alt_text(figure)) > 40
+        assert figure.caption and len(figure.alt) > 40
         assert "nan" not in figure.caption + figure.alt
 
 

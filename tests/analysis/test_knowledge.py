@@ -16,28 +16,6 @@ from healing_utils.analysis.recovery import summary
 from healing_utils.base.errors import HealingError
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "depth", "share"),
-    [
-        ([0.1, 0.4, 0.4, 0.4, 0.4], [0.1, 0.4, 0.4, 0.4, 0.4], 1.0, 1.0),
-        ([0.1, 0.4, 0.4, 0.4, 0.4], [0.1, 0.4, 0.3, 0.2, 0.1], 0.75, 0.375),  # half counts
-        ([0.1, 0.4, 0.4, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1, 0.3], 1.0, 0.5),  # the deepest, not a run
-        ([0.1, 0.4, 0.4, 0.4, 0.4], [0.1, 0.0, 0.0, 0.0, 0.0], 0.0, 0.0),  # only the embeddings
-        ([0.1, 0.4, 0.2, 0.1, -0.1], [0.1, 0.4, 0.2, 0.1, 0.5], 0.75, math.nan),  # none to keep
-        ([-0.1, 0.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1, 0.1], math.nan, math.nan),
-        ([0.1, 0.2, 0.2, 0.2, 0.2, 0.2], [0.1, 0.2, 0.2, 0.1, 0.1, 0.0], 0.8, 1 / 3),  # 5 layers
-        ([0.3, 0.3], [0.3, 0.1], 0.0, 1 / 3),
-        # A share of the mean sees what a depth in steps of a layer rounds away.
-        ([0.4] * 13, [0.4] * 7 + [0.36] * 6, 1.0, 0.9),
-        ([0.4] * 13, [0.4] * 7 + [0.22] * 6, 1.0, 0.55),
-    ],
-)
-def test_depth_measures_of_curves_made_by_hand(before, after, depth, share):
-    before, after = np.array(before), np.array(after)
-    assert knowledge.half_depth(before, after) == pytest.approx(depth, nan_ok=True)
-    assert knowledge.kept_share(before, after) == pytest.approx(share, nan_ok=True)
-
-
 def test_a_task_at_chance_is_told_from_the_others():
     made = study(seeds=(0, 1, 2, 3))
     hit = (made.scores.task == "flat") & (made.scores.state == "intact")
@@ -75,12 +53,12 @@ def test_the_depth_table_leaves_out_seeds_that_lack_a_cell():
     made = study({"sst2": 0.6}, noise=0.02)
     gone = (made.probing.state == "intact") & (made.probing.task == "sst2")
     kept = knowledge.kept_depth(made.probing[~(gone & (made.probing.seed == 1))]).set_index("task")
-    assert kept.half_depth["sst2"] == pytest.approx(0.5) and kept.half_depth["flat"] == 1
     assert kept.kept_share["sst2"] == pytest.approx(0.25, abs=0.1)
+    assert kept.kept_share["flat"] == pytest.approx(1, abs=0.05)
     assert kept.kept_share_low["sst2"] < kept.kept_share["sst2"] < kept.kept_share_high["sst2"]
     assert (kept.n["sst2"], kept.n["flat"]) == (5, 6)
     table = knowledge.kept_depth(made.probing.assign(selectivity=-0.01))
-    assert table.half_depth.isna().all() and table.kept_share.isna().all()
+    assert table.kept_share.isna().all()  # there was nothing to keep
 
 
 @pytest.mark.parametrize("measure", ["selectivity", "accuracy"])
@@ -148,22 +126,12 @@ def test_other_kinds_other_layers_and_untrained_models_play_no_part():
     pd.testing.assert_frame_equal(after, before)
 
 
-def test_tables_read_back_from_text_give_the_same(tmp_path):
-    made = healed_study()
-    before = knowledge.healing_by_cell(made.probing, made.scores)
-    for name in ("probing", "scores"):
-        getattr(made, name).to_csv(tmp_path / "table.csv", index=False)
-        setattr(made, name, pd.read_csv(tmp_path / "table.csv"))
-    pd.testing.assert_frame_equal(knowledge.healing_by_cell(made.probing, made.scores), before)
-
-
 def test_bad_tables_are_refused():
     made = healed_study()
     mixed = made.probing.copy()
     healed = (mixed.side == "top") & (mixed.seed == 0)
     mixed["layers"] = [(5,) if h else x for h, x in zip(healed, mixed.layers, strict=True)]
     for message, probing in (
-        ("Did you mean 'selectivty'", made.probing.rename(columns={"selectivity": "selectivty"})),
         (r"duplicate cells \(probing\)", pd.concat([made.probing, made.probing])),
         ("different depths",
          made.probing.assign(n_layers=np.where(made.probing.seed == 0, 12, 6))),

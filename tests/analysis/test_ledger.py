@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from planted import INTACT, SEEDS, TASKS, Planted, again, cells, healed_study, study, together
 
-from healing_utils.analysis.claims import LEDGER, decide
+from healing_utils.analysis.claims import LEDGER, decide, entries, in_words
 from healing_utils.analysis.ledger import Tables
 
 
@@ -80,6 +80,25 @@ def test_a_training_that_broke_off_stays_in_its_variant_and_others_evaluations_c
     assert found.n["A3", "reinit"] == 6 and set(found.loc["A3"].index) == {"reinit"}
 
 
+def test_a_censored_cell_is_never_counted_as_not_recovering():
+    """It says how fast it heals: A1 holds only where it would if what is censored had recovered."""
+    scored = cells(INTACT, *GRID)
+    healed_keys = set(scored["key"][scored["state"] == "healed"])
+    bottom = set(scored["key"][scored["side"] == "bottom"])
+
+    def row(unfinished, claim="A1"):
+        table = decide(Planted(scored=scored, unfinished=unfinished), entries(claim))[0]
+        return table.iloc[0], in_words(table)[0]
+
+    (found, said), every = row(bottom), row(healed_keys)[0]
+    assert (found.verdict, found.cells, found.censored) == ("holds", 30, 12)  # 6 intact, 24 healed
+    assert "12 of 30 cells censored, which tells how fast they heal and not how far" in said
+    assert every.verdict == "undecided" and "counted as recovered" in every.reason
+    assert found.effect == every.effect  # and nothing else changes
+    assert row(healed_keys, "A3")[0].verdict == "holds"
+    assert "censored" not in row(set())[1]
+
+
 def test_parts_and_chosen_layers_stay_out():
     other = [{**row, "part": "attention", "score": 0.1, "scan": "parts"} for row in GRID]
     other += [healed("custom", 1 / 6, score=0.1, scan="layers") | {"layers": (3,)}]
@@ -148,6 +167,38 @@ def test_a_fresh_top_is_judged_at_the_fewest_examples():
     found = verdicts(cells(*rows))
     assert found.verdict["Z1", "top 1/6, 10 examples"] == "holds"
     assert found.effect["Z1", "top 1/6, 10 examples"] == pytest.approx(0.01, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "control"),
+    [("K1", "outliers", "outliers_control"), ("G1", "bits_exponent", "bits_other")],
+)
+def test_kinds_are_compared_with_their_controls_at_one_place_and_strength(name, kind, control):
+    def broken(kind, score, strength=0.5):
+        return healed("all", 1.0, state="broken", kind=kind, score=score, strength=strength)
+
+    found = verdicts(cells(INTACT, broken(kind, 0.4), broken(control, 0.85), broken(kind, 0.9, 1)))
+    (where,) = found.loc[name].index
+    assert where == f"{control.replace('_', ' ')} 0.5, all layers"
+    assert found.verdict[name, where] == "holds"
+    assert found.effect[name, where] == pytest.approx(0.45, abs=1e-3)
+    assert name not in verdicts(cells(INTACT, broken(kind, 0.4))).index.get_level_values(0)
+
+
+def test_layers_that_are_taken_out_without_training():
+    costs = (0.4, 0.05, 0.01, 0.01, 0.05, 0.2)
+    rows = [
+        healed("custom", 1 / 6, state="broken", recipe="drop", score=0.9 - cost) | {"layers": (i,)}
+        for i, cost in enumerate(costs)
+    ]
+    rows.append(healed("top", 1 / 6, state="broken", score=0.1))  # redrawn, and still there
+    found = verdicts(cells(INTACT, *rows))
+    assert found.effect["L1", ""] == pytest.approx(0.3 - 0.03, abs=1e-3)
+    assert found.verdict["L1", ""] == "holds"
+    assert "P1" not in found.index.get_level_values(0)
+    rows.append(healed("top", 1 / 6, state="broken", recipe="drop", score=0.898))
+    assert verdicts(cells(INTACT, *rows)).verdict["P1", "top 1/6"] == "holds"
+    assert ("L1", "") not in verdicts(cells(INTACT, *rows[1:])).index  # a layer is missing
 
 
 @pytest.mark.parametrize(("falls", "verdict"), [(True, "fails"), (False, "holds")])
