@@ -385,7 +385,7 @@ for _name, _kind, _control, _statement, _source in (
      "Gao et al. 2025 (10.1109/TNANO.2025.3531721), abstract"),
 ):  # fmt: skip
     claim(_name, _statement, _source, f"broken cells of the kinds {_kind} and {_control}, of one "
-          "strength: there are no such kinds yet", stages=BROKEN, demonstrates=False,
+          "strength", stages=BROKEN, demonstrates=False,
           )(partial(_kinds, _kind, _control))  # fmt: skip
 
 
@@ -396,8 +396,8 @@ def _deleted(tables: Tables) -> pd.DataFrame:
 
 
 @claim("P1", "The top layers of a fine-tuned model can be taken out without training",
-       "Phang et al. 2021 (2109.08406), abstract", "broken cells of top layers by the recipe drop, "
-       "which no stage makes yet", stages=BROKEN, direction="not worse")  # fmt: skip
+       "Phang et al. 2021 (2109.08406), abstract", "broken cells of top layers by the recipe drop",
+       stages=BROKEN, direction="not worse")  # fmt: skip
 def top_taken_out(tables: Tables) -> Iterator[pd.DataFrame]:
     """intact without its top layers - intact, at the smallest level."""
     top = harm.by_side(_deleted(tables))
@@ -409,7 +409,7 @@ def top_taken_out(tables: Tables) -> Iterator[pd.DataFrame]:
 
 @claim("L1", "Taking out a middle layer without training costs least, the first or last most",
        "Lad et al. 2024 (2406.19384), abstract (decoders)", "broken cells of every single layer by "
-       "the recipe drop, which no stage makes yet", stages=BROKEN, demonstrates=False)  # fmt: skip
+       "the recipe drop", stages=BROKEN, demonstrates=False)  # fmt: skip
 def middle_costs_least(tables: Tables) -> Iterator[pd.DataFrame]:
     """Loss of taking out the first or last layer (mean) - that of one between them (mean)."""
     alone = harm.once(harm.single_layers(_deleted(tables)))
