@@ -23,6 +23,9 @@ CONLLU = {"upos": 3, "xpos": 4, "lemma": 2, "deprel": 7, "head": 6, "feats": 5}
 # Columns of the corpora that have names, the default first.
 COLUMNS = {"organism": organism.TAGS, "conll2000": ("chunk", "pos"), "treebank": ("pos",)}
 HELD_OUT = 0.2  # the share that is scored where the source has no test part
+# Lines of column files that are no words: where a document begins (CoNLL-2003) or ends (2011).
+MARK = re.compile(r"-DOCSTART-(\s|$)|#(begin|end) document")
+HEADER = re.compile(r"(word|token|form|text|tag|label|[ux]?pos|ner|chunk|lemma)s?(_\w+)?", re.I)
 Pairs = list[tuple[str, str]]  # a sentence while it is read: words with their labels
 
 
@@ -101,8 +104,9 @@ def load_corpus(
     ``test`` in its place. Else one distinct sentence in five is held out, by content alone.
 
     Left out and counted in `Corpus.dropped`: empty sentences; in CoNLL-U the ranges of multiword
-    tokens (their words stay) and empty nodes; in the Penn Treebank traces. Raises HealingError for
-    what is not there, and for a malformed line, naming file and line.
+    tokens (their words stay) and empty nodes; in the Penn Treebank traces; in files of columns the
+    marks of documents (`MARK`). Raises HealingError for what is not there, and for a malformed line
+    or a header, naming file and line.
     """
     dropped: Counter[str] = Counter()
     if name in COLUMNS:
@@ -120,11 +124,11 @@ def load_corpus(
         if files[0].suffix == ".conllu":
             column, features = "upos" if column is None else str(column), set()
             pick = _conllu(column, dropped, features)
-            parts = [_read(file, pick) for file in files]
+            parts = [_read(file, pick, dropped) for file in files]
             choose(column, [*CONLLU, *sorted(features - {"_"})], f"column of {files[0]}")
         else:
             column = "last" if column is None else str(column)
-            parts = [_read(file, _columns(file, column, words)) for file in files]
+            parts = [_read(file, _columns(file, column, words), dropped) for file in files]
     tagged = [
         TaggedSentences(*([[pair[i] for pair in s] for s in part if s] for i in (0, 1)))
         for part in parts
@@ -188,8 +192,8 @@ def nltk_reader(corpus: str) -> Any:
 
 
 def _path(name: str) -> Path:
-    path = Path(os.path.expandvars(name)).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(os.path.expandvars(name)))
+    if os.path.isdir(path) or os.path.isfile(path):  # a pipe would be waited for
         return path
     if missing := re.search(r"\$\{?\w+\}?", str(path)):
         raise HealingError(f"variable {missing[0]} in {name!r} is not set")
@@ -214,45 +218,55 @@ def _files(name: str, test: str | None) -> list[Path]:
     return [path, sibling] if sibling != path and sibling.is_file() else [path]
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """They may end in LF, CRLF or CR, and the file may begin with a byte order mark."""
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered; they may end in LF, CRLF or CR, and the file may begin with a byte order mark."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for line in file:
-                yield line.rstrip("\n")
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise HealingError(f"{path}, line {number} is not text in UTF-8")
+                yield number, line.rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise HealingError(f"cannot read {path}: {error}") from error
 
 
-def _read(path: Path, pick: Callable[[str], tuple[str, str] | None]) -> list[Pairs]:
-    """Sentences of what `pick` takes from the lines; a ValueError of its says what is wrong.
+def _read(
+    path: Path, pick: Callable[[str, int], tuple[str, str] | None], dropped: Counter[str]
+) -> list[Pairs]:
+    """Sentences of what `pick` takes from a line, told how many words stand before it in its
+    sentence; a ValueError of its says what is wrong.
 
     A blank line more than one between sentences is an empty one; those around all are nothing.
     """
     sentences: list[Pairs] = []
-    new = 1  # so many sentences begin with the next line, all but the last of them empty
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            new += bool(sentences)
-            continue
-        if new:
-            sentences += [[] for _ in range(new)]
-            new = 0
-        try:
-            pair = pick(line)
-        except ValueError as error:
-            raise HealingError(f"{path}, line {number} {error}") from None
-        if pair:
-            sentences[-1].append(pair)
+    new, mark = 1, False  # so many sentences begin with the next line, all but the last empty
+    for number, line in _lines(path):
+        if MARK.match(line):
+            dropped["document marks"] += 1
+            new, mark = max(new, 1), True
+        elif not line.strip():
+            new += bool(sentences) and not mark
+            mark = False
+        else:
+            if new:
+                sentences += [[] for _ in range(new)]
+                new, mark = 0, False
+            try:
+                pair = pick(line, len(sentences[-1]))
+            except ValueError as error:
+                raise HealingError(f"{path}, line {number} {error}") from None
+            if pair:
+                sentences[-1].append(pair)
     return sentences
 
 
-def _columns(path: Path, column: str, words: int) -> Callable[[str], tuple[str, str]]:
+def _columns(path: Path, column: str, words: int) -> Callable[[str, int], tuple[str, str]]:
     """A word and its label, in columns of which the first line says how many there are."""
-    if not re.fullmatch(r"last|-?\d+", column):
+    if not re.fullmatch(r"last|-?\d{1,9}", column):
         allowed = "its columns have no names; allowed: a number, counted from 0, or last"
         raise HealingError(f"unknown column {column!r} of {path}: {allowed}")
-    first = next(filter(str.strip, _lines(path)), "no lines")
+    lines = (line for _, line in _lines(path) if line.strip() and not MARK.match(line))
+    first = next(lines, "no lines")
     tabs = "\t" in first
 
     def split(line: str) -> list[str]:
@@ -265,10 +279,12 @@ def _columns(path: Path, column: str, words: int) -> Callable[[str], tuple[str, 
         said = f"{path} has {width} columns, with the words in column {words}: column {column}"
         raise HealingError(f"{said} has no labels; allowed are the others of 0 to {width - 1}")
     label %= width
+    if all(HEADER.fullmatch(split(first)[place]) for place in (words, label)):
+        raise HealingError(f"{path} seems to begin with a header ({first!r}): take it out")
 
-    def pick(line: str) -> tuple[str, str]:
+    def pick(line: str, _: int) -> tuple[str, str]:
         fields = split(line)
-        if len(fields) <= max(label, words) or (column == "last" and len(fields) != width):
+        if len(fields) != width:  # a blank inside a word shifts its label
             raise ValueError(f"has {len(fields)} columns where the first line has {width}")
         if not fields[words] or not fields[label]:
             raise ValueError("has an empty word or label")
@@ -279,10 +295,10 @@ def _columns(path: Path, column: str, words: int) -> Callable[[str], tuple[str, 
 
 def _conllu(
     column: str, dropped: Counter[str], features: set[str]
-) -> Callable[[str], tuple[str, str] | None]:
+) -> Callable[[str, int], tuple[str, str] | None]:
     """A word and its label, of the lines with a word; collects the names of features."""
 
-    def pick(line: str) -> tuple[str, str] | None:
+    def pick(line: str, before: int) -> tuple[str, str] | None:
         if line.startswith("#"):
             return None
         fields = line.split("\t")
@@ -294,6 +310,8 @@ def _conllu(
                 raise ValueError(f"begins with {fields[0]!r}, which does not number a word")
             dropped["multiword ranges" if between[1] == "-" else "empty nodes"] += 1
             return None
+        if int(fields[0]) != before + 1:  # a line, or the blank one between sentences, is lost
+            raise ValueError(f"begins with {fields[0]} where word {before + 1} comes next")
         word = fields[1] or "_"
         if column != "feats" and column in CONLLU:
             return word, fields[CONLLU[column]] or "_"

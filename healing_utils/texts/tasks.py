@@ -6,17 +6,23 @@ A task is a registered name (`REGISTRY`), one of the organism's, any hub data se
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import csv
 import hashlib
 import json
-import math
+import os
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
+from math import ceil, isfinite
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
@@ -26,13 +32,17 @@ from healing_utils.base.errors import HealingError, choose
 
 METRICS = ("f1", "accuracy", "matthews", "spearman")
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
-SCORED = ("test", "validation", "valid", "val", "dev")  # the first that is there is scored
+# The first of these that is there and has labels is scored; of local files the next is validation.
+SCORED = ("test", "validation", "valid", "val", "dev")
 # Column names in use on the hub, most specific first; a pair stands for two text columns.
 TEXT_COLUMNS = (
     "sentence1 sentence2", "premise hypothesis", "question1 question2", "question sentence",
     "text", "sentence", "content", "review", "tweet", "comment", "title",
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score")
+MOST_CLASSES = 10_000
+# What stands for a missing number or text in a CSV file; among classes it is one, unless empty.
+MISSING = {"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,10 @@ class Split:
         rows = list(rows)
         return type(self)([self.texts[i] for i in rows], [self.labels[i] for i in rows])
 
+    def shuffled(self) -> Self:
+        """Always the same way."""
+        return self.take(np.random.default_rng(0).permutation(len(self)).tolist())
+
     def sha(self) -> str:
         """Hash of the content, which stands for it in a cell's key."""
         text = json.dumps([self.texts, self.labels], ensure_ascii=False, separators=(",", ":"))
@@ -98,7 +112,8 @@ class Split:
 class TaskData:
     """A loaded task. `pool` is all that may be trained on; `test` is only ever scored.
 
-    `classes` are names in the order of the class ids, empty for regression.
+    `classes` are names in the order of the class ids, empty for regression; `unused` are tables of
+    a folder that nothing is read from.
     """
 
     name: str
@@ -107,6 +122,7 @@ class TaskData:
     classes: tuple[str, ...]
     metric: str
     validation: Split | None = None  # given by the source, else cut from the pool
+    unused: tuple[str, ...] = ()
 
     @property
     def regression(self) -> bool:
@@ -116,22 +132,42 @@ class TaskData:
     def num_labels(self) -> int:
         return len(self.classes) or 1
 
+    def sizes(self, train_size: int | None, validation_size: int) -> tuple[int, int]:
+        """How many examples `draw` gives for training and for validation.
+
+        Where the pool is too small for both, validation takes what training leaves, a tenth of the
+        pool at least, or a fifth where all is asked for. Raises HealingError where that fails.
+        """
+        there = len(self.pool)
+        if self.validation is not None:
+            most, held_out = there, min(validation_size, len(self.validation))
+        elif train_size is None:
+            held_out = validation_size if validation_size < there else there // 5
+            most = there - held_out
+        else:
+            most = there - min(validation_size, ceil(there / 10))
+            held_out = min(validation_size, there - train_size)
+        wanted = most if train_size is None else train_size
+        if not 0 < wanted <= most:
+            raise HealingError(
+                f"train_size is {train_size} but task {self.name!r} has {there} examples to train "
+                f"on: need train_size from 1 to {most} beside validation_size {validation_size}"
+            )
+        return wanted, held_out
+
     def draw(
         self, seed: int, train_size: int | None, validation_size: int
     ) -> tuple[Split, Split | None]:
-        """Training and validation examples for one seed, sharing no example."""
+        """Training and validation examples for one seed, sharing no example; see `sizes`."""
+        wanted, held_out = self.sizes(train_size, validation_size)
         rows = list(range(len(self.pool)))
         random.Random(seed).shuffle(rows)
         if self.validation is not None:
-            validation = self.validation.take(range(min(validation_size, len(self.validation))))
+            validation = self.validation.take(range(held_out))
         else:
-            validation = self.pool.take(rows[:validation_size])
-            rows = rows[validation_size:]
-        wanted = len(rows) if train_size is None else train_size
-        if not 0 < wanted <= len(rows):
-            left = f"{len(rows)} examples for training beside {validation_size} for validation"
-            raise HealingError(f"train_size is {train_size} but task {self.name!r} leaves {left}")
-        return self.pool.take(rows[:wanted]), validation if len(validation) else None
+            validation = self.pool.take(rows[:held_out])
+            rows = rows[held_out:]
+        return self.pool.take(rows[:wanted]), validation if held_out else None
 
 
 def load_task(
@@ -146,7 +182,8 @@ def load_task(
 
     `text` and `label` name the columns where they cannot be found; two text columns make pairs.
     `test_size` scores only so many examples, drawn once with a fixed seed. Raises HealingError
-    naming the columns, splits or names there are.
+    naming the columns, splits or names there are, or the row that cannot be used (of a file
+    counted from 1, in CSV with the header).
     """
     if metric is not None:
         choose(metric, METRICS, "metric")
@@ -168,133 +205,265 @@ def load_task(
     return data
 
 
+class Source(NamedTuple):
+    """A table: what people call it, its columns, and how some of these are read."""
+
+    where: str
+    names: list[str]
+    read: Callable[[Sequence[str]], tuple[Sequence[int], list[list[Any]]]]  # row numbers, values
+    metadata: dict[bytes, bytes] | None = None
+
+
 def _from_tables(
     name: str, text: str | Sequence[str] | None, label: str | None, revision: str | None
 ) -> TaskData:
     """A task whose texts and labels are columns of the hub's tables or of files."""
-    tables, task = _open(name, revision)
-    usual = [" ".join(task.text)] if task else TEXT_COLUMNS
-    texts = (text,) if isinstance(text, str) else text or _usual("text", usual, tables[0], name)
-    label = label or _usual("label", LABEL_COLUMNS, tables[0], name)[0]
-    if len(texts) > 2:
-        raise HealingError(f"{len(texts)} text columns named; one or two are possible")
-    parts = [_split(table, texts, label, name) for table in tables]
-    if len(parts) == 1:  # a fifth is scored, the same fifth always
-        count = len(parts[0])
-        if count < 2:
-            raise HealingError(f"task {name!r} has {count} rows: too few to split")
-        rows, held_out = np.random.default_rng(0).permutation(count), math.ceil(0.2 * count)
-        parts = [parts[0].take(rows[held_out:]), parts[0].take(rows[:held_out])]
-    if not all(map(len, parts)):
-        raise HealingError(f"task {name!r} has no rows to train on or to score")
-    classes: list[Any] = []
-    if not pa.types.is_floating(tables[0].schema.field(label).type):
-        classes = _class_names(tables[0], label) or sorted(set(parts[0].labels))
-        if unseen := sorted(map(str, set(parts[1].labels) - set(classes))):
-            said = f"label {unseen[0]!r} is scored but never occurs in training"
-            raise HealingError(f"task {name!r}: {said}")
-        if len(classes) < 2:
-            raise HealingError(f"task {name!r} has only one class in column {label!r}")
-    elif isinstance(parts[1].labels[0], str):
-        raise HealingError(f"task {name!r}: column {label!r} holds numbers in training only")
-    number = {value: i for i, value in enumerate(classes)}.__getitem__ if classes else float
-    pool, test = (Split(part.texts, list(map(number, part.labels))) for part in parts)
-    metric = task.metric if task else ("f1" if classes else "spearman")
-    return TaskData(name, pool, test, tuple(map(str, classes)), metric)
-
-
-def _open(name: str, revision: str | None) -> tuple[list[pa.Table], Task | None]:
-    """Training table, scored table if there is one, and the registry entry if there is one."""
     named = [t for key, t in REGISTRY.items() if name in (key, t.hub, f"{t.hub}:{t.config}")]
     task = named[0] if len(named) == 1 else None  # GLUE's hub name alone stands for seven
-    path = Path(name).expanduser()
-    local = task is None and (path.exists() or path.suffix in SUFFIXES)
+    path = Path(os.path.expanduser(name))
+    no_hub_name = path.suffix in SUFFIXES or re.match(r"[/.~]|[^:]*/[^:]*/", name)
+    local = task is None and (no_hub_name or os.path.exists(path))
     if not (task or local or "/" in name):
         what = "task (or give a hub name with its owner, or a file)"
         choose(name, [*organism.TASKS, *REGISTRY], what)
-    files = _files(path) if local else {}
-    try:
-        if local:
-            splits = {split: _read(file) for split, file in files.items()}
+    sources, unused = _of_files(path) if local else (_of_hub(name, task, revision), [])
+
+    first, *others = sources
+    usual = [" ".join(task.text)] if task else TEXT_COLUMNS
+    texts = (text,) if isinstance(text, str) else text or _usual("text", usual, first)
+    label = label or _usual("label", LABEL_COLUMNS, first)[0]
+    if len(texts) > 2:
+        raise HealingError(f"{len(texts)} text columns named; one or two are possible")
+    if label in texts:
+        raise HealingError(f"column {label!r} is named both for texts and for labels")
+    pool = _split(first, texts, label)
+    parts = [pool]
+    for source in others:
+        wanted = len(parts) < (3 if local else 2)
+        part = _split(source, texts, label, pool) if wanted else None
+        if part is None:
+            unused.append(source.where)
         else:
-            import datasets  # takes seconds, and only the hub needs it
+            parts.append(part)
+    if pool is None or (others and len(parts) == 1):
+        hidden = " and ".join([first.where] if pool is None else unused)
+        said = f"all labels in column {label!r} of {hidden} are missing or hidden"
+        raise HealingError(f"{said}: name a folder with train.csv and test.csv that have labels")
+    if not others:  # a fifth is scored, the same fifth always
+        shuffled, held_out = pool.shuffled(), ceil(0.2 * len(pool))
+        parts = [shuffled.take(range(held_out, len(pool))), shuffled.take(range(held_out))]
+    if not all(map(len, parts)):
+        there = f"{len(parts[0])} rows to train on and {len(parts[1])} to score"
+        raise HealingError(f"task {name!r} has {there}: need some of both")
 
-            datasets.disable_progress_bars()
-            hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
-            found = datasets.load_dataset(hub, config or None, revision=revision)
-            splits = {split: data.data.table for split, data in found.items()}
-    except Exception as error:
-        doing = f"cannot read {path}" if local else f"cannot load data set {name!r} from the hub"
-        why = str(error) or type(error).__name__
-        raise HealingError(f"{doing}: {why.splitlines()[0]}") from error
+    parts, classes = _numbered(name, label, parts, _class_names(first, label))
+    metric = task.metric if task else ("f1" if classes else "spearman")
+    given = [part.shuffled() for part in parts[2:]] or [None]  # whose first examples are drawn
+    return TaskData(name, *parts[:2], classes, metric, *given, tuple(unused))
+
+
+def _of_hub(name: str, task: Task | None, revision: str | None) -> list[Source]:
+    """The training table, then those that may be scored."""
+    import datasets  # takes seconds, and only the hub needs it
+
+    datasets.disable_progress_bars()
+    hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
+    with _said(f"cannot load data set {name!r} from the hub, and no such folder is here"):
+        found = datasets.load_dataset(hub, config or None, revision=revision)
     wanted = (task.scored,) if task else SCORED
-    scored = [splits[split] for split in wanted if split in splits]
-    if "train" not in splits or (not scored and len(splits) > 1):
+    splits = [split for split in ("train", *wanted) if split in found]
+    if splits[:1] != ["train"] or (len(splits) == 1 and len(found) > 1):
         need = f"need train and {' or '.join(wanted)}"
-        raise HealingError(f"task {name!r} has splits {', '.join(splits)}: {need}")
-    return [splits["train"], *scored[:1]], task
+        raise HealingError(f"task {name!r} has splits {', '.join(found)}: {need}")
+    return [_arrow(f"{name}, {split}", found[split].data.table) for split in splits]
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """A file, or the files in a folder that are named like splits, by split."""
-    if path.is_dir():
-        files = {f.stem: f for f in sorted(path.iterdir()) if f.suffix in SUFFIXES}
-        if "train" not in files:
-            raise HealingError(f"folder {path} holds no train.csv, train.jsonl or train.parquet")
-        return {split: files[split] for split in ("train", *SCORED) if split in files}
-    if not path.exists():
-        raise HealingError(f"no such file: {path}")
-    choose(path.suffix, SUFFIXES, f"file type of {path}")
-    return {"train": path}
+def _of_files(path: Path) -> tuple[list[Source], list[str]]:
+    """A file, or those of a folder that are named like splits; and its other tables."""
+    files, others = [path], []
+    if os.path.isdir(path):
+        there = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+        splits = {split: [f for f in there if f.stem == split] for split in ("train", *SCORED)}
+        files = [file for found in splits.values() for file in found]
+        others = [str(file) for file in there if file not in files]
+        if not splits["train"] or max(map(len, splits.values())) > 1:
+            has = ", ".join(file.name for file in there) or "no tables"
+            need = "need one train.csv, .jsonl, .json or .parquet, and one file a split"
+            raise HealingError(f"folder {path} holds {has}: {need}")
+    for file in files:
+        if not os.path.isfile(file):  # a pipe would be waited for
+            raise HealingError(f"no such file, or not a regular one: {file}")
+        choose(file.suffix, SUFFIXES, f"file type of {file}")
+    return list(map(_read, files)), others
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path) -> Source:
     """A file as it is now; handed over open, since libraries read patterns into a path."""
-    with path.open("rb") as file:
+    with _said(f"cannot read {path}"), path.open("rb") as file:
         if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(file)
+            return _arrow(str(path), pyarrow.parquet.read_table(file))
+        start = file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
+        if b"\0" in start:
+            raise ValueError("it is not text in UTF-8")
         if path.suffix == ".csv":
-            frame = pd.read_csv(file, low_memory=False)  # in one go: one type a column
-            return pa.Table.from_pandas(frame, preserve_index=False)
-        if file.peek(1)[:1] == b"[":  # a list of objects, not one a line
-            return pa.Table.from_pylist(json.load(file))
-        whole = pyarrow.json.ReadOptions(block_size=path.stat().st_size + 1)
-        return pyarrow.json.read_json(file, whole)
+            return _csv(path)
+        if start[:1] != b"[":
+            whole = pyarrow.json.ReadOptions(block_size=path.stat().st_size + 1)
+            return _arrow(str(path), pyarrow.json.read_json(file, whole))
+        objects = json.load(file)  # a list of them, not one a line
+        if not all(isinstance(one, dict) for one in objects):
+            raise ValueError("it is a list of other things than objects")
+        return _arrow(str(path), pa.Table.from_pylist(objects))
 
 
-def _usual(what: str, usual: Sequence[str], table: pa.Table, name: str) -> tuple[str, ...]:
-    there = table.column_names
+def _arrow(where: str, table: pa.Table) -> Source:
+    def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
+        return range(1, len(table) + 1), [table[column].to_pylist() for column in wanted]
+
+    return Source(where, table.column_names, read, table.schema.metadata)
+
+
+def _csv(path: Path) -> Source:
+    """Its rows count from 1, the header and blank ones with them.
+
+    pandas and pyarrow take rows of another width for an index, or a quote that is never closed for
+    one long cell: Python's own reader can be strict.
+    """
+    csv.field_size_limit(2**31 - 1)
+
+    @contextlib.contextmanager
+    def rows() -> Iterator[Iterator[list[str]]]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            try:
+                yield reader
+            except csv.Error as error:
+                raise ValueError(f"line {reader.line_num}: {error}") from error
+
+    with rows() as reader:
+        names = next(reader, [])
+
+    def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
+        numbers, found, pick = [], [], itemgetter(*map(names.index, wanted))
+        with rows() as reader:
+            for number, row in enumerate(reader, 1):
+                if len(row) == len(names):
+                    numbers.append(number)
+                    found.append(pick(row))
+                elif row:
+                    said = f"row {number} has {len(row)} cells, the header {len(names)}"
+                    raise ValueError(said)
+        columns = [cells[1:] for cells in zip(*found, strict=True)]  # without the header
+        return numbers[1:], list(map(_typed, columns))
+
+    return Source(str(path), names, read)
+
+
+def _typed(cells: Sequence[str]) -> list[Any]:
+    """Of a CSV file's column: numbers, where all its cells are numbers or missing; else words."""
+    there = [cell for cell in cells if cell not in MISSING]
+    for number in (int, float):
+        with contextlib.suppress(ValueError):  # underscores group digits in Python alone
+            if found := {cell: number(cell.replace("_", "?")) for cell in there}:
+                return list(map(found.get, cells))
+    return [cell if cell.strip() else None for cell in cells]
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Whatever goes wrong in one line, which a library may have said in several."""
+    try:
+        yield
+    except Exception as error:
+        # pyarrow counts the rows of JSON from 0.
+        why = re.sub(r"(?<=in row )\d+", lambda found: f"{int(found[0]) + 1}", str(error))
+        said = " ".join(why.split())[:300] or type(error).__name__
+        raise HealingError(f"{what}: {said}") from error
+
+
+def _usual(what: str, usual: Sequence[str], source: Source) -> tuple[str, ...]:
+    there = source.names
     for columns in map(str.split, usual):
         if set(columns) <= set(there):
             return tuple(columns)
-    said = f"no {what} column found in {name!r}, which has {', '.join(there)}"
-    raise HealingError(f"{said}: name it ({what}_column)")
+    said = f"no {what} column found in {source.where}, which has {', '.join(map(repr, there))}"
+    raise HealingError(f"{said if there else said + 'none'}: name it ({what}_column)")
 
 
-def _class_names(table: pa.Table, column: str) -> list[str] | None:
+def _class_names(source: Source, column: str) -> list[str] | None:
     """What the hub's own files say that the numbers of a column stand for."""
-    written = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
-    return written.get("info", {}).get("features", {}).get(column, {}).get("names")
+    try:
+        written = json.loads(source.metadata[b"huggingface"])
+        return list(map(str, written["info"]["features"][column]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
-def _split(table: pa.Table, texts: Sequence[str], label: str, name: str) -> Split:
-    """Texts and labels, these by the names that the table itself has for its numbers."""
+def _split(
+    source: Source, texts: Sequence[str], label: str, train: Split | None = None
+) -> Split | None:
+    """Texts and labels, these by the names that the table itself has for its numbers; None where
+    all labels are hidden."""
+    where, names = source.where, source.names
     for column in (*texts, label):
-        choose(column, table.column_names, f"column of {name!r}")
-    if pa.types.is_nested(table.schema.field(label).type):
-        raise HealingError(f"task {name!r}: column {label!r} holds no single label a text")
-    labels, names = table[label].to_pylist(), _class_names(table, label)
-    # Where classes have names, the hub writes -1 for a label that is kept secret.
-    missing = sum(v is None or v != v or (bool(names) and v == -1) for v in labels)
+        choose(column, names, f"column of {where}")
+        if names.count(column) > 1:
+            raise HealingError(f"{where} has {names.count(column)} columns named {column!r}")
+    with _said(f"cannot read {where}"):
+        rows, (*columns, labels) = source.read((*texts, label))
+    if {list, dict, bytes} & set(map(type, labels)):
+        raise HealingError(f"{where}: column {label!r} holds no single label a text")
+    labels = [float(v) if isinstance(v, Decimal) else v for v in labels]
+    if classes := _class_names(source, label):
+        # Where classes have names, the hub writes -1 for a label that is kept secret.
+        known = {None: None, -1: None, **dict(enumerate(classes))}
+        if unknown := set(labels) - set(known):
+            said = f"label {min(unknown)} in column {label!r} is none of its {len(classes)} classes"
+            raise HealingError(f"{where}: {said}")
+        labels = [known[v] for v in labels]
+    void = {v for v in set(labels) if v in (None, "") or (type(v) is float and not isfinite(v))}
+    missing = [row for row, value in zip(rows, labels, strict=True) if value in void]
+    secret = train is not None and set(labels) == {-1} and -1 not in train.labels
+    if labels and (secret or len(missing) == len(labels)):
+        return None
     if missing:
-        said = f"{missing} of {len(labels)} labels in column {label!r} are missing"
-        raise HealingError(f"task {name!r}: {said}{' (None or -1)' if names else ''}")
-    columns = [table[column].to_pylist() for column in texts]
+        said = f"{len(missing)} of {len(labels)} labels in column {label!r} are missing or infinite"
+        raise HealingError(f"{where}: {said}, the first in row {missing[0]}")
+    pair, no_text = len(texts) == 2, MISSING if where.endswith(".csv") else ()
     for column, values in zip(texts, columns, strict=True):
-        for row, value in enumerate(values):
+        for row, value in zip(rows, values, strict=True):
             # Half of a pair may be blank (Quora has such questions); a whole text may not.
-            if not isinstance(value, str) or (len(texts) == 1 and not value.strip()):
-                said = f"column {column!r} holds no text in row {row} ({value!r})"
-                raise HealingError(f"task {name!r}: {said}")
-    found = columns[0] if len(columns) == 1 else list(map(list, zip(*columns, strict=True)))
-    return Split(found, [names[v] for v in labels] if names else labels)
+            if not isinstance(value, str) or value in no_text or not (pair or value.strip()):
+                said = f"column {column!r} holds no text in row {row} ({value!r:.40})"
+                raise HealingError(f"{where}: {said}")
+    return Split(list(map(list, zip(*columns, strict=True))) if pair else columns[0], labels)
+
+
+def _numbered(
+    name: str, label: str, parts: list[Split], names: list[str] | None
+) -> tuple[list[Split], tuple[str, ...]]:
+    """The parts with class ids for labels, and what the classes are called; or with floats."""
+    train, kinds = parts[0].labels, [set(map(type, part.labels)) for part in parts]
+    # 0.0 and 1.0 are classes where another part calls them 0 and 1.
+    if kinds[0] == {float} and not ({int} in kinds and all(map(float.is_integer, train))):
+        if not all(kind <= {int, float} for kind in kinds):
+            raise HealingError(f"task {name!r}: column {label!r} holds numbers in training only")
+        return [Split(part.texts, list(map(float, part.labels))) for part in parts], ()
+
+    def spelt(value: Any) -> str:
+        return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+    classes = names or list(map(spelt, sorted(set(train))))
+    if not 1 < len(classes) <= MOST_CLASSES:
+        said = f"column {label!r} has {len(classes):,} classes: need 2 to {MOST_CLASSES:,}"
+        raise HealingError(f"task {name!r}: {said}")
+    ids = {value: i for i, value in enumerate(classes)}
+    numbered = []
+    for part in parts:
+        found = {value: spelt(value) for value in set(part.labels)}
+        if unseen := sorted(set(found.values()) - set(ids)):
+            count = sum(found[value] == unseen[0] for value in part.labels)
+            said = f"class {unseen[0]!r} has {count} of the scored examples but none to train on"
+            raise HealingError(f"task {name!r}: {said}: add some, or leave it out")
+        numbered.append(Split(part.texts, [ids[found[value]] for value in part.labels]))
+    return numbered, tuple(classes)

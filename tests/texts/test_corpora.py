@@ -192,6 +192,8 @@ def test_what_a_treebank_has_not_got_is_refused(treebank, tmp_path):
     [
         ("2\tmat\tmat", "bad.conllu, line 11 has 3 columns; need 10"),
         ("x\tmat\tmat\tNOUN\tNN\t_\t0\troot\t_\t_", "line 11 .*'x', which does not number"),
+        ("3\tmat\tmat\tNOUN\tNN\t_\t0\troot\t_\t_", "line 11 begins with 3 where word 2 comes"),
+        ("1\tmat\tmat\tNOUN\tNN\t_\t0\troot\t_\t_", "line 11 begins with 1 where word 2 comes"),
     ],
 )
 def test_a_malformed_treebank_names_file_and_line(tmp_path, line, match):
@@ -270,6 +272,10 @@ def test_blanks_inside_words_survive_where_tabs_separate(tmp_path):
         ("a A\nb\n\nc C\n", None, "a.txt, line 2 has 1 columns where the first line has 2"),
         ("a A\nb B x\n\nc C\n", None, "a.txt, line 2 has 3 columns where the first line has 2"),
         ("a A x\n\n\nb\n", 1, "a.txt, line 4 has 1 columns"),
+        ("a A\n\nNew York B\n", 1, "a.txt, line 3 has 3 columns where the first line has 2"),
+        ("New York B\n\na A\n", 1, "a.txt, line 3 has 2 columns where the first line has 3"),
+        ("Token POS\na A\n\nb B\n", None, r"a.txt seems to begin with a header \('Token POS'\)"),
+        ("a\0 A\0\n", None, "a.txt, line 1 is not text in UTF-8"),
         ("a\tA\nb\t\n\nc\tC\n", None, "a.txt, line 2 has an empty word or label"),
         ("one\ntwo\n", None, "a.txt has 1 columns, with the words in column 0"),
         ("\n\n\n", None, "0 distinct sentences: too few"),
@@ -281,7 +287,26 @@ def test_blanks_inside_words_survive_where_tabs_separate(tmp_path):
 def test_a_malformed_file_names_file_and_line(tmp_path, text, column, match):
     (tmp_path / "a.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
     refused(match, str(tmp_path / "a.txt"), column)
-    refused("no such file or folder: .*b.txt", str(tmp_path / "a.txt"), test="b.txt")
+    os.mkfifo(tmp_path / "pipe.txt")  # which would be waited for
+    for other in ("b.txt", str(tmp_path / "pipe.txt"), "x" * 5000 + ".txt", "a\0.txt"):
+        refused("no such file or folder: ", str(tmp_path / "a.txt"), test=other)
+
+
+@pytest.mark.parametrize(
+    ("before", "between", "marks"),
+    [
+        ("-DOCSTART- -X- -X-\n\n", "\n\n", 1),  # CoNLL-2003
+        ("-DOCSTART-\n\n", "\n\n-DOCSTART-\n\n", 2),
+        ("#begin document (a); part 000\n", "\n\n#end document\n#begin document (b)\n", 3),  # 2012
+        ("", "\n-DOCSTART-\n", 1),
+    ],
+)
+def test_marks_of_documents_are_no_words(tmp_path, before, between, marks):
+    text = before + PLAIN.replace("\n\n", between, 1)
+    assert text.count("document") + text.count("DOCSTART") == marks
+    corpus = load_corpus(write(tmp_path / "a.txt", text))
+    assert in_any_order(corpus) == sorted(zip(SENTENCES, LABELS, strict=True))
+    assert corpus.dropped == {"document marks": marks}
 
 
 # -- the part that is held out -------------------------------------------------------------------

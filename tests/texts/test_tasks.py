@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import json
 import os
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import planted_texts, write_planted_task
 
@@ -62,7 +66,8 @@ def fake_hub(monkeypatch):
     known = {
         ("stanfordnlp/sst2", None): glue,
         ("nyu-mll/glue", "cola"): glue,
-        ("someone/unlabelled", None): glue,
+        ("someone/hidden", None): glue,
+        ("someone/unlabelled", None): {"train": glue["train"], "test": glue["test"]},
         ("someone/only-test", "small"): {"test": glue["test"]},
     }
     asked = []
@@ -89,16 +94,27 @@ def test_a_registered_task_is_found_by_its_name_and_its_hub_name(name, fake_hub)
     assert (data.pool.texts, data.pool.labels) == planted_texts(30, seed=30)
 
 
+def test_where_all_test_labels_are_hidden_the_validation_split_is_scored(fake_hub):
+    data = load_task("someone/hidden")
+    assert (len(data.pool), len(data.test), data.validation) == (30, 10, None)
+    assert data.unused == ("someone/hidden, test",)
+    message = refused("of someone/unlabelled, test are missing or hidden: name a folder",
+                      "someone/unlabelled")  # fmt: skip
+    assert "test.csv" in message
+
+
 def test_names_that_stand_for_nothing(fake_hub, tmp_path):
-    refused("12 of 12 labels in column 'label' are missing", "someone/unlabelled")
     refused("has splits test: need train and test or validation", "someone/only-test:small")
-    refused("from the hub: Couldn't reach 'someone/else'", "someone/else")
-    refused("from the hub: Couldn't reach 'nyu-mll/glue'", "nyu-mll/glue")  # which of the seven?
+    refused("no such folder is here: Couldn't reach 'someone/else' .* more", "someone/else")
+    refused("from the hub, .*Couldn't reach 'nyu-mll/glue'", "nyu-mll/glue")  # which of the seven?
     refused("unknown task.*'sst'.*Did you mean 'sst2'", "sst")
-    refused("no such file: .*missing.csv", tmp_path / "missing.csv")
+    for missing in ("missing.csv", "missing folder", "x" * 5000, "a\0b.csv"):
+        refused("no such file", tmp_path / missing)
+    os.mkfifo(tmp_path / "pipe.csv")  # which would be waited for
+    refused("no such file, or not a regular one: .*pipe.csv", tmp_path / "pipe.csv")
     (tmp_path / "notes.txt").write_text("text,label\na,0\n")
     refused(r"unknown file type.*'\.txt'; allowed: \.csv", tmp_path / "notes.txt")
-    refused("holds no train.csv", tmp_path)
+    refused("folder .* holds pipe.csv: need one train.csv", tmp_path)
 
 
 def test_the_organisms_tasks_come_with_their_own_splits():
@@ -148,14 +164,35 @@ def test_a_folder_of_train_and_test_keeps_its_splits_and_names_its_classes(tmp_p
     sized = load_task(str(folder), test_size=3)
     assert len(sized.test) == 3 and set(sized.test.texts) <= set(data.test.texts)
     assert sized.test == load_task(str(folder), test_size=3).test
+    assert (data.validation, data.unused) == (None, ())
     for name in ("validation", "valid", "val", "dev"):
         (folder / "test.csv").rename(folder / f"{name}.csv")
         assert load_task(str(folder)).test == data.test
         (folder / f"{name}.csv").rename(folder / "test.csv")
-    write_csv(folder / "test.csv", ["text", "label"], [("w1 good", "good"), ("w2", "lukewarm")])
-    refused("'lukewarm' is scored but never occurs in training", folder)
-    write_csv(folder / "test.csv", ["texts", "label"], [("w1 good", "good")])
-    refused("unknown column .*'text'; allowed: texts, label", folder)
+    write_csv(folder / "test.csv", ["text", "label"], [("w1", "good"), ("w2", "lukewarm")])
+    refused("class 'lukewarm' has 1 of the scored examples but none to train on", folder)
+    write_csv(folder / "test.csv", ["texts", "label"], [("w1", "good")])
+    refused("unknown column of .*test.csv 'text'; allowed: texts, label", folder)
+
+
+def test_every_table_of_a_folder_is_taken_or_named_as_unused(tmp_path):
+    folder = write_planted_task(tmp_path / "task", train=20, test=8)
+    rows = [(f"v{i}", "bad" if i < 15 else "good") for i in range(30)]
+    write_csv(folder / "valid.csv", ["text", "label"], rows)
+    write_csv(folder / "dev.csv", ["text", "label"], rows)
+    write_csv(folder / "more.csv", ["note"], [("x",)])
+    data = load_task(str(folder))
+    assert len(data.pool) == 20 and sorted(data.validation.texts) == sorted(t for t, _ in rows)
+    assert set(data.draw(0, None, 10)[1].labels) == {0, 1}  # though the file is sorted
+    assert [path.rsplit("/")[-1] for path in data.unused] == ["more.csv", "dev.csv"]
+    write_csv(folder / "test.csv", ["text", "label"], [("hidden", ""), ("too", "")])
+    assert sorted(load_task(str(folder)).test.texts) == sorted(data.validation.texts)
+    for rows in ([("a", 0.5), ("b", 1.5)], [("a", "x"), ("b", "y")]):
+        write_csv(folder / "train.csv", ["text", "label"], rows)
+        write_csv(folder / "test.csv", ["text", "label"], [])
+        refused("has 2 rows to train on and 0 to score", folder)
+    (folder / "train.jsonl").write_text("{}")
+    refused("holds .*train.csv, train.jsonl, valid.csv: need one train.csv", folder)
 
 
 def test_files_that_count_their_classes_differently_mean_the_same(tmp_path):
@@ -165,6 +202,68 @@ def test_files_that_count_their_classes_differently_mean_the_same(tmp_path):
     turned = datasets.ClassLabel(names=["positive", "negative"])
     table(20, turned).to_parquet(tmp_path / "test.parquet")
     assert load_task(str(tmp_path)).test.labels == [1 - label for label in data.test.labels]
+    for other in (datasets.ClassLabel(names=["bad", "good"]), datasets.Value("int64")):
+        table(20, other).to_parquet(tmp_path / "test.parquet")
+        refused("class '(bad|0)' has .* none to train on", tmp_path)
+    many = datasets.ClassLabel(names=[f"class {i}" for i in range(12_000)])
+    table(20, many).to_parquet(tmp_path / "train.parquet")
+    refused("column 'label' has 12,000 classes: need 2 to 10,000", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "classes"),
+    [
+        ("-1 1", "1", "-1 1"),  # not a missing label: only where classes have names
+        ("2 10 1", "10", "1 2 10"),
+        ("yes no", "no", "no yes"),
+        ("0 1", "0.0 1.0", "0 1"),
+        ("0.0 1.0", "0 1", "0 1"),
+        ("0 1 other", "0 1", "0 1 other"),
+        ("NA None null", "null NA", "NA None null"),
+        ("True False", "True", "False True"),
+        ("0.5 1.0", "0 1", ""),
+    ],
+)
+def test_labels_mean_the_same_in_every_file(tmp_path, train, test, classes):
+    for name, labels in (("train", train), ("test", test)):
+        rows = [(f"t{i}", label) for i, label in enumerate(labels.split())]
+        write_csv(tmp_path / f"{name}.csv", ["text", "label"], rows)
+    data = load_task(str(tmp_path))
+    assert data.classes == tuple(classes.split())
+    for labels, part in ((train, data.pool), (test, data.test)):
+        if classes:
+            found = [data.classes[i] for i in part.labels]
+            assert found == [label.removesuffix(".0") for label in labels.split()]
+        else:
+            assert part.labels == list(map(float, labels.split()))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.array(["no", "yes"] * 6).dictionary_encode(),
+        pa.array(["no", "yes"] * 6, pa.large_string()),
+        pa.array([False, True] * 6),
+        pa.array([3, 5] * 6, pa.uint8()),
+    ],
+    ids=lambda array: str(array.type),
+)
+def test_parquet_columns_of_any_type_hold_labels(tmp_path, array):
+    texts = pa.array([f"{value}" for value in array.to_pylist()], pa.large_string())
+    pq.write_table(pa.table({"text": texts, "label": array}), tmp_path / "t.parquet")
+    data = load_task(str(tmp_path / "t.parquet"))
+    assert [data.classes[label] for label in data.pool.labels] == data.pool.texts
+
+
+def test_columns_may_be_called_anything_but_the_same(tmp_path):
+    rows = [(f"a{i}", f"b{i}", i % 2, "c") for i in range(10)]
+    path = write_csv(tmp_path / "t.csv", ["No", "1", "1234567", "tweet #"], rows)
+    data = load_task(path, text=("No", "1"), label="1234567")
+    assert data.pool.texts[0][1] == data.pool.texts[0][0].replace("a", "b")
+    assert set(load_task(path, text="tweet #", label="1234567").pool.texts) == {"c"}
+    refused("column 'No' is named both for texts and for labels", path, text="No", label="No")
+    path = write_csv(tmp_path / "twice.csv", ["text", "text", "label", "x"], rows)
+    refused("twice.csv has 2 columns named 'text'", path)
 
 
 def test_columns_are_found_or_named(tmp_path):
@@ -179,8 +278,8 @@ def test_columns_are_found_or_named(tmp_path):
     refused("column.*'lable'.*Did you mean 'label'", path, label="lable")
     refused("3 text columns named", path, text=("premise", "hypothesis", "text"))
     path = write_csv(tmp_path / "u.csv", ["utterance", "mood"], [("a", 0), ("b", 1)] * 4)
-    refused("no text column found.*utterance, mood.*text_column", path)
-    refused("no label column found.*utterance, mood.*label_column", path, text="utterance")
+    refused("no text column found.*'utterance', 'mood'.*text_column", path)
+    refused("no label column found.*'utterance', 'mood'.*label_column", path, text="utterance")
 
 
 def test_numbers_with_a_fraction_are_regression(tmp_path):
@@ -194,50 +293,75 @@ def test_numbers_with_a_fraction_are_regression(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes"),
-    [
-        ([-1, 1], ("-1", "1")),  # not a missing label: only where classes have names
-        ([2, 10, 1], ("1", "2", "10")),
-        (["yes", "no"], ("no", "yes")),
-        ([True, False], ("False", "True")),
-    ],
-)
-def test_labels_of_any_kind_become_class_ids(tmp_path, labels, classes):
-    rows = [(f"text {i}", labels[i % len(labels)]) for i in range(30)]
-    data = load_task(write_csv(tmp_path / "t.csv", ["text", "label"], rows))
-    assert data.classes == classes
-    for text, label in zip(data.pool.texts, data.pool.labels, strict=True):
-        assert classes[label] == str(labels[int(text.split()[1]) % len(labels)])
-
-
-@pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("a", 0), ("  ", 1), ("c", 0), ("d", 1), ("e", 1)], "column 'text' holds no text in row"),
-        ([(i, i % 2) for i in range(10)], "column 'text' holds no text in row"),
-        # In a CSV file these words stand for missing values: refused rather than guessed.
-        ([(f"t{i}", ("for", "NA")[i % 2]) for i in range(10)], "labels in column 'label'"),
-        ([(("null", "a")[i % 2], i % 2) for i in range(10)], "column 'text' holds no text in row"),
-        ([("a", 0.5), ("b", 1.5), ("c", ""), ("d", 1), ("e", 0)], "labels in column 'label'"),
-        ([(f"t{i}", 3) for i in range(10)], "only one class"),
-        ([("a", 0)], "1 rows: too few"),
-        ([], "0 rows: too few"),
+        ("a,0\n  ,1\nc,0\n", "t.csv: column 'text' holds no text in row 3"),
+        ("a,0\nb,1\n\nnull,0\n", "column 'text' holds no text in row 5"),  # as a table shows it
+        ("1,0\n2,1\n3,0\n", "column 'text' holds no text in row 2"),
+        (
+            "a,0\nb,1\nc,NA\n",
+            "1 of 3 labels in column 'label' are missing or infinite, the first in row 4",
+        ),
+        ("a,0.5\nb,\nc,1.5\n", "1 of 3 labels .* the first in row 3"),
+        ("a,yes\nb,no\nc, \n", "1 of 3 labels .* the first in row 4"),
+        ("a,\nb,\n", "all labels in column 'label' of .*t.csv are missing"),
+        ("a,0.5\nb,inf\nc,1e999\n", "2 of 3 labels .* are missing or infinite, the first in row 3"),
+        ("a,3\nb,3\nc,3\n", "column 'label' has 1 classes: need 2 to"),
+        ("rare,odd\n" + "t,a\nt,b\n" * 150, "class 'odd' has 1 of the scored examples but none"),
+        ("a,0\n", "has 0 rows to train on and 1 to score: need some of both"),
+        ("", "has 0 rows to train on"),
+        ("a,b,0\nc,d,1\n", "row 2 has 3 cells, the header 2"),  # no column is an index
+        ("a,0\nb,1,\n", "row 3 has 3 cells"),
+        ("a,0\n\nb\n", "row 4 has 1 cells"),
+        ('a,0\nb,"1\nc,0\n', "line 4: unexpected end of data"),
+        ('a,0\n"he \\"said\\"",1\n', "line 3: ',' expected after"),
     ],
 )
-def test_unusable_rows_are_refused(tmp_path, rows, message):
-    refused(message, write_csv(tmp_path / "t.csv", ["text", "label"], rows))
+def test_rows_that_cannot_be_used_are_named_as_the_file_counts_them(tmp_path, rows, message):
+    (tmp_path / "t.csv").write_text("text,label\n" + rows)
+    refused(message, tmp_path / "t.csv")
+
+
+def test_cells_keep_what_csv_files_are_written_for(tmp_path):
+    texts = ["two\nlines", "a, b", 'say "so"', "10,000", "x" * 200_000, "caf\u00e9", '5" long']
+    path = write_csv(
+        tmp_path / "t.csv", ["text", "label"], [(t, i % 2) for i, t in enumerate(texts)]
+    )
+    once = load_task(path)
+    assert sorted(once.pool.texts + once.test.texts) == sorted(texts)
+    for change in (lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\r\n", b"\n")):
+        (tmp_path / "t.csv").write_bytes(change((tmp_path / "t.csv").read_bytes()))
+        assert load_task(path) == once
+
+
+OBJECT = b'{"text": "a", "label": 0}\n'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.csv", b"", "cannot read"),
+        ("empty.csv", b"", "no text column found in .*, which has none"),
         ("empty.jsonl", b"", "cannot read"),
         ("empty.parquet", b"", "cannot read"),
-        ("latin1.csv", "text,label\ncafé,0\nthé,1\n".encode("latin-1") * 3, "cannot read"),
-        ("half.jsonl", b'{"text": "a", "label": 0}\n{"text": "b", "lab', "cannot read"),
-        ("binary.csv", bytes(range(256)) * 4, "cannot read"),
-        ("bom.csv", b"\xef\xbb\xbftext,label\r\na,0\r\n", "1 rows: too few"),  # the column is found
+        (
+            "latin1.csv",
+            "text,label\ncaf\u00e9,0\n".encode("latin-1"),
+            "cannot read .*'utf-8' codec",
+        ),
+        (
+            "latin1.jsonl",
+            OBJECT + '{"text": "\u00e9"}'.encode("latin-1"),
+            "cannot read .*'utf-8' codec",
+        ),
+        ("wide.csv", "text,label\na,0\n".encode("utf-16"), "is not text in UTF-8"),
+        ("wide.jsonl", OBJECT.decode().encode("utf-16-le"), "is not text in UTF-8"),
+        ("packed.csv", gzip.compress(b"text,label\na,0\n"), "is not text in UTF-8"),
+        ("packed.csv.gz", gzip.compress(b"text,label\na,0\n"), "unknown file type .*'.gz'"),
+        ("half.jsonl", OBJECT + b'{"text": "b", "lab', "cannot read .* in row 2"),
+        ("mixed.jsonl", OBJECT + b'{"text": "b", "label": "x"}', "from number to string in row 2"),
+        ("mixed.json", b"[" + OBJECT + b"]" + OBJECT, "cannot read .*Extra data"),
+        ("mixture.json", b"[" + OBJECT + b", 3]", "a list of other things than objects"),
+        ("binary.csv", bytes(range(256)) * 4, "is not text in UTF-8"),
         ("lists.jsonl", b'{"text": "a", "label": [0, 1]}\n' * 8, "holds no single label a text"),
     ],
 )
@@ -246,24 +370,22 @@ def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, name, content
     assert name in refused(message, tmp_path / name)
 
 
-@pytest.mark.parametrize("rows", [[("a", 0.5), ("b", 1.5)], [("a", "x"), ("b", "y")]])
-def test_a_scored_file_without_rows_is_refused(tmp_path, rows):
-    write_csv(tmp_path / "train.csv", ["text", "label"], rows)
-    write_csv(tmp_path / "test.csv", ["text", "label"], [])
-    refused("has no rows to train on or to score", tmp_path)
+def test_a_number_without_a_class_is_refused(tmp_path):
+    names = {"info": {"features": {"label": {"names": ["a", "b"]}}}}
+    for extra, message in ((2, "label 2 in column 'label' is none of its 2 classes"),
+                           (-2, "label -2 in"), (-1, "1 of 3 labels .* in row 3")):  # fmt: skip
+        labels = pa.table({"text": ["x", "y", "z"], "label": [0, 1, extra]})
+        named = labels.replace_schema_metadata({"huggingface": json.dumps(names)})
+        pq.write_table(named, tmp_path / "t.parquet")
+        refused(message, tmp_path / "t.parquet")
 
 
 def test_a_file_that_changes_is_read_again_even_if_its_time_does_not(tmp_path):
-    def read(word: str) -> TaskData:
+    for word in ("old", "new"):
         rows = [(f"{word} {i}", i % 2) for i in range(10)]
         path = write_csv(tmp_path / "t.csv", ["text", "label"], rows)
         os.utime(path, (0, 0))
-        return load_task(path)
-
-    assert {t.split()[0] for word in ("old", "new") for t in read(word).pool.texts} == {
-        "old",
-        "new",
-    }
+        assert {text.split()[0] for text in load_task(path).pool.texts} == {word}
 
 
 # --- Drawing training examples --------------------------------------------------------------------
@@ -285,8 +407,17 @@ def test_draws_are_seeded_disjoint_and_of_the_asked_size():
     assert data.draw(0, 20, 20)[0].texts == train.texts[:20]  # fewer are some of the same
     everything, none = data.draw(0, None, 0)
     assert sorted(everything.texts) == sorted(data.pool.texts) and none is None
-    for sizes in ((81, 20), (None, 100), (1, 200)):
-        with pytest.raises(HealingError, match=f"train_size is {sizes[0]} but task 'planted' leav"):
+    # What does not fit beside the training examples is given up, but for a tenth of the pool.
+    for sizes, there in {(81, 20): (81, 19), (None, 100): (80, 20), (None, 99): (1, 99),
+                         (90, 500): (90, 10), (95, 5): (95, 5)}.items():  # fmt: skip
+        train, validation = data.draw(0, *sizes)
+        assert (len(train), len(validation)) == there == data.sizes(*sizes)
+        assert len({*train.texts, *validation.texts}) == sum(there)
+    for sizes, most in (((91, 20), 90), ((96, 5), 95), ((0, 20), 90), ((101, 0), 100)):
+        match = (
+            f"train_size is {sizes[0]} but task 'planted' has 100 .* from 1 to {most} beside val"
+        )
+        with pytest.raises(HealingError, match=match):
             data.draw(0, *sizes)
     given = task_of(10, validation=6)
     train, validation = given.draw(3, None, 4)
