@@ -326,33 +326,26 @@ def _arrow(where: str, table: pa.Table) -> Source:
 def _csv(path: Path) -> Source:
     """Its rows count from 1, the header and blank ones with them.
 
-    pandas and pyarrow take rows of another width for an index, or a quote that is never closed for
-    one long cell: Python's own reader can be strict.
+    pandas and pyarrow misread in silence what Python's own reader refuses where it is strict.
     """
     csv.field_size_limit(2**31 - 1)
-
-    @contextlib.contextmanager
-    def rows() -> Iterator[Iterator[list[str]]]:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            try:
-                yield reader
-            except csv.Error as error:
-                raise ValueError(f"line {reader.line_num}: {error}") from error
-
-    with rows() as reader:
-        names = next(reader, [])
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, strict=True), [])
 
     def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
         numbers, found, pick = [], [], itemgetter(*map(names.index, wanted))
-        with rows() as reader:
-            for number, row in enumerate(reader, 1):
-                if len(row) == len(names):
-                    numbers.append(number)
-                    found.append(pick(row))
-                elif row:
-                    said = f"row {number} has {len(row)} cells, the header {len(names)}"
-                    raise ValueError(said)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            try:
+                for number, row in enumerate(reader, 1):
+                    if row and len(row) != len(names):
+                        said = f"row {number} has {len(row)} cells, the header {len(names)}"
+                        raise ValueError(said)
+                    if row:
+                        numbers.append(number)
+                        found.append(pick(row))
+            except csv.Error as error:
+                raise ValueError(f"line {reader.line_num}: {error}") from error
         columns = [cells[1:] for cells in zip(*found, strict=True)]  # without the header
         return numbers[1:], list(map(_typed, columns))
 

@@ -341,6 +341,7 @@ OBJECT = b'{"text": "a", "label": 0}\n'
     ("name", "content", "message"),
     [
         ("empty.csv", b"", "no text column found in .*, which has none"),
+        ("empty.json", b"[]", "no text column found in .*, which has none"),
         ("empty.jsonl", b"", "cannot read"),
         ("empty.parquet", b"", "cannot read"),
         (
