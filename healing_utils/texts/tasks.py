@@ -180,10 +180,11 @@ def load_task(
 ) -> TaskData:
     """Load a task by registered name, organism's name, hub name or local path.
 
-    `text` and `label` name the columns where they cannot be found; two text columns make pairs.
-    `test_size` scores only so many examples, drawn once with a fixed seed. Raises HealingError
-    naming the columns, splits or names there are, or the row that cannot be used (of a file
-    counted from 1, in CSV with the header).
+    Of a file alone a fifth is scored. In a folder the file named train is trained on; of those
+    named like `SCORED` the first is scored, and a second is for validation. `text` and `label` name
+    the columns where they cannot be found; two text columns make pairs. `test_size` scores only so
+    many examples, drawn once with a fixed seed. Raises HealingError naming the columns, splits or
+    names there are, or the row that cannot be used, counted from 1 and in CSV with the header.
     """
     if metric is not None:
         choose(metric, METRICS, "metric")
@@ -234,8 +235,6 @@ def _from_tables(
     label = label or _usual("label", LABEL_COLUMNS, first)[0]
     if len(texts) > 2:
         raise HealingError(f"{len(texts)} text columns named; one or two are possible")
-    if label in texts:
-        raise HealingError(f"column {label!r} is named both for texts and for labels")
     pool = _split(first, texts, label)
     parts = [pool]
     for source in others:
