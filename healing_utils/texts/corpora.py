@@ -25,9 +25,7 @@ COLUMNS = {"organism": organism.TAGS, "conll2000": ("chunk", "pos"), "treebank":
 HELD_OUT = 0.2  # the share that is scored where the source has no test part
 # Lines of column files that are no words: where a document begins (CoNLL-2003) or ends (2011).
 MARK = re.compile(r"-DOCSTART-(\s|$)|#(begin|end) document")
-HEADER = re.compile(
-    r"(word|token|form|text|tag|label|pos|upos|xpos|ner|chunk|lemma)s?([_ ]\w+)?", re.I
-)
+HEADER = re.compile(r"(word|token|form|text|tag|label|[ux]?pos|ner|chunk|lemma)s?(_\w+)?", re.I)
 Pairs = list[tuple[str, str]]  # a sentence while it is read: words with their labels
 
 

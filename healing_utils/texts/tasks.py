@@ -10,18 +10,17 @@ import codecs
 import contextlib
 import csv
 import hashlib
-import io
 import json
-import math
 import os
 import random
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from math import ceil, isfinite
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -99,6 +98,10 @@ class Split:
         rows = list(rows)
         return type(self)([self.texts[i] for i in rows], [self.labels[i] for i in rows])
 
+    def shuffled(self) -> Self:
+        """Always the same way."""
+        return self.take(np.random.default_rng(0).permutation(len(self)).tolist())
+
     def sha(self) -> str:
         """Hash of the content, which stands for it in a cell's key."""
         text = json.dumps([self.texts, self.labels], ensure_ascii=False, separators=(",", ":"))
@@ -142,7 +145,7 @@ class TaskData:
             held_out = validation_size if validation_size < there else there // 5
             most = there - held_out
         else:
-            most = there - min(validation_size, math.ceil(there / 10))
+            most = there - min(validation_size, ceil(there / 10))
             held_out = min(validation_size, there - train_size)
         wanted = most if train_size is None else train_size
         if not 0 < wanted <= most:
@@ -177,10 +180,11 @@ def load_task(
 ) -> TaskData:
     """Load a task by registered name, organism's name, hub name or local path.
 
-    `text` and `label` name the columns where they cannot be found; two text columns make pairs.
-    `test_size` scores only so many examples, drawn once with a fixed seed. Raises HealingError
-    naming the columns, splits or names there are, or the row that cannot be used (of a file
-    counted from 1, in CSV with the header).
+    Of a file alone a fifth is scored. In a folder the file named train is trained on; of those
+    named like `SCORED` the first is scored, and a second is for validation. `text` and `label` name
+    the columns where they cannot be found; two text columns make pairs. `test_size` scores only so
+    many examples, drawn once with a fixed seed. Raises HealingError naming the columns, splits or
+    names there are, or the row that cannot be used, counted from 1 and in CSV with the header.
     """
     if metric is not None:
         choose(metric, METRICS, "metric")
@@ -203,11 +207,12 @@ def load_task(
 
 
 class Source(NamedTuple):
-    """A table, what people call it, and the number that each of its rows has there."""
+    """A table: what people call it, its columns, and how some of these are read."""
 
     where: str
-    table: pa.Table
-    rows: Sequence[int]
+    names: list[str]
+    read: Callable[[Sequence[str]], tuple[Sequence[int], list[list[Any]]]]  # row numbers, values
+    metadata: dict[bytes, bytes] | None = None
 
 
 def _from_tables(
@@ -217,7 +222,7 @@ def _from_tables(
     named = [t for key, t in REGISTRY.items() if name in (key, t.hub, f"{t.hub}:{t.config}")]
     task = named[0] if len(named) == 1 else None  # GLUE's hub name alone stands for seven
     path = Path(os.path.expanduser(name))
-    no_hub_name = path.suffix in SUFFIXES or name.count("/") > 1 or name[:1] in ("/", ".", "~")
+    no_hub_name = path.suffix in SUFFIXES or re.match(r"[/.~]|[^:]*/[^:]*/", name)
     local = task is None and (no_hub_name or os.path.exists(path))
     if not (task or local or "/" in name):
         what = "task (or give a hub name with its owner, or a file)"
@@ -230,10 +235,7 @@ def _from_tables(
     label = label or _usual("label", LABEL_COLUMNS, first)[0]
     if len(texts) > 2:
         raise HealingError(f"{len(texts)} text columns named; one or two are possible")
-    if label in texts:
-        raise HealingError(f"column {label!r} is named both for texts and for labels")
-    if (pool := _split(first, texts, label)) is None:
-        raise HealingError(f"all labels in column {label!r} of {first.where} are missing")
+    pool = _split(first, texts, label)
     parts = [pool]
     for source in others:
         wanted = len(parts) < (3 if local else 2)
@@ -242,22 +244,21 @@ def _from_tables(
             unused.append(source.where)
         else:
             parts.append(part)
-    if not others:  # a fifth is scored, the same fifth always
-        held_out, rows = math.ceil(0.2 * len(pool)), np.random.default_rng(0).permutation(len(pool))
-        parts = [pool.take(rows[held_out:]), pool.take(rows[:held_out])]
-    elif len(parts) == 1:
-        said = f"all labels in column {label!r} of {' and '.join(unused)} are hidden"
+    if pool is None or (others and len(parts) == 1):
+        hidden = " and ".join([first.where] if pool is None else unused)
+        said = f"all labels in column {label!r} of {hidden} are missing or hidden"
         raise HealingError(f"{said}: name a folder with train.csv and test.csv that have labels")
+    if not others:  # a fifth is scored, the same fifth always
+        shuffled, held_out = pool.shuffled(), ceil(0.2 * len(pool))
+        parts = [shuffled.take(range(held_out, len(pool))), shuffled.take(range(held_out))]
     if not all(map(len, parts)):
         there = f"{len(parts[0])} rows to train on and {len(parts[1])} to score"
         raise HealingError(f"task {name!r} has {there}: need some of both")
 
-    parts, classes = _numbered(name, label, parts, _class_names(first.table, label))
+    parts, classes = _numbered(name, label, parts, _class_names(first, label))
     metric = task.metric if task else ("f1" if classes else "spearman")
-    validation = None
-    if len(parts) > 2:  # of which the first are taken, in whatever order the file has them
-        validation = parts[2].take(np.random.default_rng(0).permutation(len(parts[2])))
-    return TaskData(name, *parts[:2], classes, metric, validation, tuple(unused))
+    given = [part.shuffled() for part in parts[2:]] or [None]  # whose first examples are drawn
+    return TaskData(name, *parts[:2], classes, metric, *given, tuple(unused))
 
 
 def _of_hub(name: str, task: Task | None, revision: str | None) -> list[Source]:
@@ -266,93 +267,91 @@ def _of_hub(name: str, task: Task | None, revision: str | None) -> list[Source]:
 
     datasets.disable_progress_bars()
     hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
-    try:
+    with _said(f"cannot load data set {name!r} from the hub, and no such folder is here"):
         found = datasets.load_dataset(hub, config or None, revision=revision)
-    except Exception as error:
-        said = f"cannot load data set {name!r} from the hub, and no such folder is here"
-        raise HealingError(f"{said}: {_why(error)}") from error
     wanted = (task.scored,) if task else SCORED
     splits = [split for split in ("train", *wanted) if split in found]
     if splits[:1] != ["train"] or (len(splits) == 1 and len(found) > 1):
         need = f"need train and {' or '.join(wanted)}"
         raise HealingError(f"task {name!r} has splits {', '.join(found)}: {need}")
-    return [
-        Source(f"{name}, {split}", found[split].data.table, range(1, len(found[split]) + 1))
-        for split in splits
-    ]
+    return [_arrow(f"{name}, {split}", found[split].data.table) for split in splits]
 
 
 def _of_files(path: Path) -> tuple[list[Source], list[str]]:
     """A file, or those of a folder that are named like splits; and its other tables."""
-    files, others = {"train": path}, []
+    files, others = [path], []
     if os.path.isdir(path):
-        there = [f for f in sorted(path.iterdir()) if f.suffix in SUFFIXES]
-        files = {split: f for split in ("train", *SCORED) for f in there if f.stem == split}
-        others = [str(f) for f in there if f.stem not in files]
-        if "train" not in files:
-            has = f" (it has {', '.join(f.name for f in there)})" if there else ""
-            need = "train.csv, train.jsonl, train.json or train.parquet"
-            raise HealingError(f"folder {path} holds no {need}{has}")
-        if twice := [f for f in there if f not in files.values() and f.stem in files]:
-            both = f"{twice[0].name} and {files[twice[0].stem].name}"
-            raise HealingError(f"folder {path} holds {both}: need one of them")
-    for file in files.values():
+        there = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+        splits = {split: [f for f in there if f.stem == split] for split in ("train", *SCORED)}
+        files = [file for found in splits.values() for file in found]
+        others = [str(file) for file in there if file not in files]
+        if not splits["train"] or max(map(len, splits.values())) > 1:
+            has = ", ".join(file.name for file in there) or "no tables"
+            need = "need one train.csv, .jsonl, .json or .parquet, and one file a split"
+            raise HealingError(f"folder {path} holds {has}: {need}")
+    for file in files:
         if not os.path.isfile(file):  # a pipe would be waited for
             raise HealingError(f"no such file, or not a regular one: {file}")
         choose(file.suffix, SUFFIXES, f"file type of {file}")
-    return [_read(file) for file in files.values()], others
+    return list(map(_read, files)), others
 
 
 def _read(path: Path) -> Source:
     """A file as it is now; handed over open, since libraries read patterns into a path."""
-    try:
-        with path.open("rb") as file:
-            start = file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
-            if path.suffix == ".parquet":
-                table = pyarrow.parquet.read_table(file)
-            elif b"\0" in start:
-                raise ValueError("it is not text in UTF-8")
-            elif path.suffix == ".csv":
-                return Source(str(path), *_csv(file))
-            elif start[:1] == b"[":  # a list of objects, not one a line
-                objects = json.load(file)
-                if not all(isinstance(one, dict) for one in objects):
-                    raise ValueError("it is a list of other things than objects")
-                table = pa.Table.from_pylist(objects)
-            else:
-                whole = pyarrow.json.ReadOptions(block_size=path.stat().st_size + 1)
-                table = pyarrow.json.read_json(file, whole)
-            table.validate(full=True)  # all text is UTF-8
-    except Exception as error:
-        raise HealingError(f"cannot read {path}: {_why(error)}") from error
-    return Source(str(path), table, range(1, len(table) + 1))
+    with _said(f"cannot read {path}"), path.open("rb") as file:
+        if path.suffix == ".parquet":
+            return _arrow(str(path), pyarrow.parquet.read_table(file))
+        start = file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
+        if b"\0" in start:
+            raise ValueError("it is not text in UTF-8")
+        if path.suffix == ".csv":
+            return _csv(path)
+        if start[:1] != b"[":
+            whole = pyarrow.json.ReadOptions(block_size=path.stat().st_size + 1)
+            return _arrow(str(path), pyarrow.json.read_json(file, whole))
+        objects = json.load(file)  # a list of them, not one a line
+        if not all(isinstance(one, dict) for one in objects):
+            raise ValueError("it is a list of other things than objects")
+        return _arrow(str(path), pa.Table.from_pylist(objects))
 
 
-def _csv(file: BinaryIO) -> tuple[pa.Table, list[int]]:
-    """The cells as text, and which row of the file each row is; blank ones count, and are left out.
+def _arrow(where: str, table: pa.Table) -> Source:
+    def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
+        return range(1, len(table) + 1), [table[column].to_pylist() for column in wanted]
 
-    pandas and pyarrow take rows of another width for an index, or a quote that is never closed for
-    one long cell: Python's own reader can be strict.
+    return Source(where, table.column_names, read, table.schema.metadata)
+
+
+def _csv(path: Path) -> Source:
+    """Its rows count from 1, the header and blank ones with them.
+
+    pandas and pyarrow misread in silence what Python's own reader refuses where it is strict.
     """
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
-    try:
-        names, numbers = next(reader, []), []
-        columns: list[list[str]] = [[] for _ in names]
-        for number, row in enumerate(reader, 2):
-            if not row:
-                continue
-            numbers.append(number)
-            if len(row) != len(names):
-                raise ValueError(f"row {number} has {len(row)} cells, the header {len(names)}")
-            for column, cell in zip(columns, row, strict=True):
-                column.append(cell)
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from error
-    return pa.Table.from_arrays(list(map(pa.array, columns)), names), numbers
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, strict=True), [])
+
+    def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
+        numbers, found, pick = [], [], itemgetter(*map(names.index, wanted))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            try:
+                for number, row in enumerate(reader, 1):
+                    if row and len(row) != len(names):
+                        said = f"row {number} has {len(row)} cells, the header {len(names)}"
+                        raise ValueError(said)
+                    if row:
+                        numbers.append(number)
+                        found.append(pick(row))
+            except csv.Error as error:
+                raise ValueError(f"line {reader.line_num}: {error}") from error
+        columns = [cells[1:] for cells in zip(*found, strict=True)]  # without the header
+        return numbers[1:], list(map(_typed, columns))
+
+    return Source(str(path), names, read)
 
 
-def _typed(cells: list[str]) -> list[Any]:
+def _typed(cells: Sequence[str]) -> list[Any]:
     """Of a CSV file's column: numbers, where all its cells are numbers or missing; else words."""
     there = [cell for cell in cells if cell not in MISSING]
     for number in (int, float):
@@ -362,14 +361,20 @@ def _typed(cells: list[str]) -> list[Any]:
     return [cell if cell.strip() else None for cell in cells]
 
 
-def _why(error: Exception) -> str:
-    """In one line what a library said in several; pyarrow counts rows of JSON from 0."""
-    said = re.sub(r"(?<=in row )\d+", lambda found: f"{int(found[0]) + 1}", str(error))
-    return " ".join(said.split())[:300] or type(error).__name__
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Whatever goes wrong in one line, which a library may have said in several."""
+    try:
+        yield
+    except Exception as error:
+        # pyarrow counts the rows of JSON from 0.
+        why = re.sub(r"(?<=in row )\d+", lambda found: f"{int(found[0]) + 1}", str(error))
+        said = " ".join(why.split())[:300] or type(error).__name__
+        raise HealingError(f"{what}: {said}") from error
 
 
 def _usual(what: str, usual: Sequence[str], source: Source) -> tuple[str, ...]:
-    there = source.table.column_names
+    there = source.names
     for columns in map(str.split, usual):
         if set(columns) <= set(there):
             return tuple(columns)
@@ -377,10 +382,10 @@ def _usual(what: str, usual: Sequence[str], source: Source) -> tuple[str, ...]:
     raise HealingError(f"{said if there else said + 'none'}: name it ({what}_column)")
 
 
-def _class_names(table: pa.Table, column: str) -> list[str] | None:
+def _class_names(source: Source, column: str) -> list[str] | None:
     """What the hub's own files say that the numbers of a column stand for."""
     try:
-        written = json.loads(table.schema.metadata[b"huggingface"])
+        written = json.loads(source.metadata[b"huggingface"])
         return list(map(str, written["info"]["features"][column]["names"]))
     except (KeyError, TypeError, ValueError):
         return None
@@ -391,44 +396,39 @@ def _split(
 ) -> Split | None:
     """Texts and labels, these by the names that the table itself has for its numbers; None where
     all labels are hidden."""
-    where, table, rows = source
+    where, names = source.where, source.names
     for column in (*texts, label):
-        choose(column, table.column_names, f"column of {where}")
-        if (count := table.column_names.count(column)) > 1:
-            raise HealingError(f"{where} has {count} columns named {column!r}")
-    kind = table.schema.field(label).type
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind):
+        choose(column, names, f"column of {where}")
+        if names.count(column) > 1:
+            raise HealingError(f"{where} has {names.count(column)} columns named {column!r}")
+    with _said(f"cannot read {where}"):
+        rows, (*columns, labels) = source.read((*texts, label))
+    if {list, dict, bytes} & set(map(type, labels)):
         raise HealingError(f"{where}: column {label!r} holds no single label a text")
-    *columns, labels = (table[column].to_pylist() for column in (*texts, label))
-    words = where.endswith(".csv")  # all of it
-    if words:
-        *columns, labels = map(_typed, [*columns, labels])
     labels = [float(v) if isinstance(v, Decimal) else v for v in labels]
-    if names := _class_names(table, label):
+    if classes := _class_names(source, label):
         # Where classes have names, the hub writes -1 for a label that is kept secret.
-        known = {None: None, -1: None, **dict(enumerate(names))}
+        known = {None: None, -1: None, **dict(enumerate(classes))}
         if unknown := set(labels) - set(known):
-            said = f"label {min(unknown)} in column {label!r} is none of its {len(names)} classes"
+            said = f"label {min(unknown)} in column {label!r} is none of its {len(classes)} classes"
             raise HealingError(f"{where}: {said}")
         labels = [known[v] for v in labels]
-    missing = [row for row, v in zip(rows, labels, strict=True) if v is None or v != v or v == ""]
+    void = {v for v in set(labels) if v in (None, "") or (type(v) is float and not isfinite(v))}
+    missing = [row for row, value in zip(rows, labels, strict=True) if value in void]
     secret = train is not None and set(labels) == {-1} and -1 not in train.labels
     if labels and (secret or len(missing) == len(labels)):
         return None
     if missing:
-        said = f"{len(missing)} of {len(labels)} labels in column {label!r} are missing"
+        said = f"{len(missing)} of {len(labels)} labels in column {label!r} are missing or infinite"
         raise HealingError(f"{where}: {said}, the first in row {missing[0]}")
-    if infinite := [row for row, v in zip(rows, labels, strict=True) if v in (math.inf, -math.inf)]:
-        raise HealingError(f"{where}: column {label!r} holds no finite number in row {infinite[0]}")
+    pair, no_text = len(texts) == 2, MISSING if where.endswith(".csv") else ()
     for column, values in zip(texts, columns, strict=True):
         for row, value in zip(rows, values, strict=True):
             # Half of a pair may be blank (Quora has such questions); a whole text may not.
-            blank = isinstance(value, str) and len(texts) == 1 and not value.strip()
-            if not isinstance(value, str) or blank or (words and value in MISSING):
+            if not isinstance(value, str) or value in no_text or not (pair or value.strip()):
                 said = f"column {column!r} holds no text in row {row} ({value!r:.40})"
                 raise HealingError(f"{where}: {said}")
-    found = columns[0] if len(columns) == 1 else list(map(list, zip(*columns, strict=True)))
-    return Split(found, labels)
+    return Split(list(map(list, zip(*columns, strict=True))) if pair else columns[0], labels)
 
 
 def _numbered(
@@ -447,17 +447,15 @@ def _numbered(
 
     classes = names or list(map(spelt, sorted(set(train))))
     if not 1 < len(classes) <= MOST_CLASSES:
-        many = f"{len(classes):,} classes" if classes[1:] else "only one class"
-        need = f"need 2 to {MOST_CLASSES:,}"
-        raise HealingError(f"task {name!r} has {many} in column {label!r}: {need}")
+        said = f"column {label!r} has {len(classes):,} classes: need 2 to {MOST_CLASSES:,}"
+        raise HealingError(f"task {name!r}: {said}")
     ids = {value: i for i, value in enumerate(classes)}
-    spelled = [list(map(spelt, part.labels)) for part in parts]
-    for labels in spelled[1:]:
-        if unseen := Counter(value for value in labels if value not in ids):
-            value, count = min(unseen.items())
-            said = f"class {value!r} has {count} of the scored examples but none to train on"
+    numbered = []
+    for part in parts:
+        found = {value: spelt(value) for value in set(part.labels)}
+        if unseen := sorted(set(found.values()) - set(ids)):
+            count = sum(found[value] == unseen[0] for value in part.labels)
+            said = f"class {unseen[0]!r} has {count} of the scored examples but none to train on"
             raise HealingError(f"task {name!r}: {said}: add some, or leave it out")
-    return [
-        Split(part.texts, [ids[value] for value in labels])
-        for part, labels in zip(parts, spelled, strict=True)
-    ], tuple(classes)
+        numbered.append(Split(part.texts, [ids[found[value]] for value in part.labels]))
+    return numbered, tuple(classes)

@@ -288,7 +288,7 @@ def test_a_malformed_file_names_file_and_line(tmp_path, text, column, match):
     (tmp_path / "a.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
     refused(match, str(tmp_path / "a.txt"), column)
     os.mkfifo(tmp_path / "pipe.txt")  # which would be waited for
-    for other in ("b.txt", str(tmp_path / "pipe.txt"), "x" * 5000, "a\0.txt"):
+    for other in ("b.txt", str(tmp_path / "pipe.txt"), "x" * 5000 + ".txt", "a\0.txt"):
         refused("no such file or folder: ", str(tmp_path / "a.txt"), test=other)
 
 
