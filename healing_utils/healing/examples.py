@@ -117,8 +117,8 @@ def reading_note(tokenizer: Any, texts: Sequence[str] | Sequence[tuple[str, str]
     Letters without a case (Chinese) may be pieces of their own."""
     some = [t for text in texts[:NOTED] for t in ([text] if isinstance(text, str) else text)]
     ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-    pieces = max(1, sum(map(len, ids)))
-    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids) / pieces
+    pieces = sum(map(len, ids))
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids) / pieces if pieces else 1.0
     letters = "".join("".join(some).split())
     cased = sum(letter.lower() != letter.upper() for letter in letters) > len(letters) / 2
     if unknown < UNKNOWN and len(letters) >= pieces * (CASED if cased else UNCASED):

@@ -49,17 +49,11 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p):
     zeros = (out == 0).double().flatten()[: 401 * 996]
     lags = [((zeros - share) * (zeros.roll(k) - share)).mean().item() for k in (1, 2, 3, 4, 999)]
     assert max(map(abs, lags)) < 5 * p * (1 - p) / zeros.numel() ** 0.5
-
-
-def test_dropout_repeats_from_a_seed_and_rests_in_evaluation():
-    x = torch.randn(7, 3)  # 21 values: not a multiple of the four that one draw gives
-    torch.manual_seed(5)
-    first = dropout(x, 0.5)
-    assert not torch.equal(first, dropout(x, 0.5))
-    torch.manual_seed(5)
-    assert torch.equal(first, dropout(x, 0.5))
-    assert dropout(x, 0.5, training=False) is x and dropout(x, 0.0) is x
-    assert torch.equal(dropout(x, 0.99999) == 0, torch.ones(7, 3, dtype=torch.bool))
+    assert not torch.equal(out, dropout(x, p))
+    torch.manual_seed(0)
+    assert torch.equal(out, dropout(x, p))
+    assert dropout(x, p, training=False) is x and dropout(x, 0.0) is x
+    assert not dropout(torch.ones(7, 3), 0.99999).any()  # not a multiple of four values
 
 
 def test_dropping_and_adding_in_one_pass_is_both_in_turn():
@@ -288,18 +282,6 @@ def test_the_norm_is_of_all_gradients_since_they_were_cleared(dtype):
             want = place.weight.numel() ** 0.5
             assert math.isclose(low.norm(names.values()), want, rel_tol=1e-6)
             low.clear(optimizer)
-
-
-def test_a_group_of_the_optimizer_gets_one_block():
-    model = classifier()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": list(decayed)}, {"params": list(others)}]
-    low = LowWeights(model, torch.bfloat16, groups)
-    for group, before in zip(groups, (decayed, others), strict=True):
-        kept = [p for p in before if p not in low.low]
-        assert all(a is b for a, b in zip(kept, group["params"], strict=False))
-        assert len(group["params"]) == len(kept) + 1 < len(before)
 
 
 def test_tied_and_frozen_weights_stay_and_float32_takes_none():
