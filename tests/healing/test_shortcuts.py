@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from families import FAMILIES, tiny_config
-from helpers import random_examples
+from helpers import examples
 from test_training import QUIET, classifier, identical, largest_difference, weights
 from torch.nn import functional as F
 from transformers import BertForMaskedLM
@@ -20,7 +20,6 @@ from healing_utils.healing.shortcuts import (
     LowWeights,
     dropout,
     first_token_layers,
-    own_memory,
     quick_dropout,
 )
 from healing_utils.healing.training import collate, fine_tune
@@ -30,9 +29,7 @@ SHORTENED = {"bert", "roberta", "electra", "distilbert", "mpnet"}
 
 def batch(family: str = "bert", seed: int = 0) -> dict[str, torch.Tensor]:
     """Five random examples of different lengths, padded."""
-    pad = (5, 0, "left") if family == "xlnet" else (0, 0, "right")
-    data = random_examples(5, seed=seed, pad=pad)
-    return collate(data, torch.arange(5).numpy(), torch.device("cpu"))
+    return collate(examples(family, 5, seed), torch.arange(5).numpy(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.37, 0.9])
@@ -293,25 +290,12 @@ def test_tied_and_frozen_weights_stay_and_float32_takes_none():
     assert not low_weights(tied, None).low
 
 
-def test_owned_weights_are_copies_in_aligned_memory():
-    values = torch.arange(101.0)
-    parameter = torch.nn.Parameter(values[1:])  # four bytes off
-    own_memory([parameter])
-    parameter.data.add_(1)
-    assert torch.equal(parameter, torch.arange(2, 102.0)) and values[1] == 1
-    assert parameter.data_ptr() % 64 == 0
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_trains_in_bfloat16_in_parts_and_scored_in_between(family):
-    pad = (
-        (5, 0, "left") if family == "xlnet" else (tiny_config(family).pad_token_id or 0, 0, "right")
-    )
-    data = random_examples(16, pad=pad)
-    settings = dict(epochs=2, batch_size=8, max_tokens=40, precision="bfloat16", **QUIET)
+    data, settings = examples(family, 16), {"max_tokens": 40, "precision": "bfloat16", **QUIET}
     plain, scored = classifier(family), classifier(family)
-    fine_tune(plain, data, **settings)
-    done = fine_tune(scored, data, data, **settings)
+    fine_tune(plain, data, epochs=2, batch_size=8, **settings)
+    done = fine_tune(scored, data, data, epochs=2, batch_size=8, **settings)
     assert len(done.curve) == 4 and {p.dtype for p in scored.parameters()} == {torch.float32}
     assert identical(weights(plain), weights(scored))
     assert not identical(weights(plain), weights(classifier(family)))

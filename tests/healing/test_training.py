@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, byte_level, tiny_config, tiny_model, wordpiece
-from helpers import planted_texts, random_examples, save_tiny_bert, tiny_tokenizer
+from helpers import examples, planted_texts, random_examples, save_tiny_bert, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, CanineTokenizer
 
 from healing_utils.base.errors import HealingError
@@ -225,9 +225,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(max_tokens, monkeypatch
 def test_padding_does_not_change_logits(family):
     """One by one, without padding, a text has the logits that it has in a padded batch. XLNet,
     whose head reads the last token, is padded on the left, as its tokenizer does."""
-    model, side = classifier(family), "left" if family == "xlnet" else "right"
-    pad = tiny_config(family).pad_token_id or 0
-    data = random_examples(count=10, pad=(pad, 0, side))
+    model, data = classifier(family), examples(family, 10)
     assert len(set(data.lengths)) > 3
     batched = predict(model, data, device="cpu")
     for i in range(len(data)):
@@ -237,7 +235,8 @@ def test_padding_does_not_change_logits(family):
         assert np.allclose(alone[0], batched[i], atol=2e-6), family
     assert batched.std(axis=0).min() > 1e-4  # there is something to tell apart
     if family == "xlnet":  # so the check can fail
-        wrong = predict(model, random_examples(count=10, pad=(pad, 0, "right")), device="cpu")
+        right = random_examples(count=10, pad=(5, 0, "right"))
+        wrong = predict(model, right, device="cpu")
         assert not np.allclose(wrong, batched, atol=1e-4)
 
 
@@ -332,10 +331,7 @@ def test_an_epoch_holds_every_example_once_and_little_padding():
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_trains_and_decays_what_it_should(family):
-    config = tiny_config(family)
-    side = "left" if family == "xlnet" else "right"
-    data = random_examples(count=16, pad=(config.pad_token_id or 0, 0, side))
-    model = tiny_model(family, "classification")
+    model, data = tiny_model(family, "classification"), examples(family, 16)
     before, names = weights(model), {id(p): name for name, p in model.named_parameters()}
     decays, spared = (
         {names[id(p)] for p in group["params"]}
