@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ class Encoded:
     @cached_property
     def highest(self) -> tuple[int, int]:
         """The highest token id and token type."""
-        return max(map(max, self.ids)), max(map(max, self.types)) if self.types else 0
+        first, second = map(chain.from_iterable, (self.ids, self.types or []))
+        return max(first, default=0), max(second, default=0)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -89,11 +91,12 @@ def as_encoded(
         except (KeyError, TypeError, IndexError) as error:
             kind = type(data).__name__
             raise HealingError(f"{kind} has no columns 'text' and 'label'") from error
-        tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model.name_or_path)
         data = encode(tokenizer, texts, labels, max_length, model.config.num_labels == 1)
     kind, config, (token, token_type) = type(model).__name__, model.config, data.highest
     limit, longest = position_limit(model), int(data.lengths.max())
-    types = getattr(config, "type_vocab_size", 0)  # without any, they are passed over
+    types = getattr(config, "type_vocab_size", 0) or 0  # without any, they are passed over
     wrong = {
         f"an example has {longest} tokens, but {kind} reads {limit} at most: lower max_length to "
         f"at most {limit}": limit is not None and longest > limit,
