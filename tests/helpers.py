@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from families import VOCABULARY
+from families import VOCABULARY, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
@@ -82,6 +82,12 @@ def random_examples(
     rng = np.random.default_rng(seed)
     rows = [rng.integers(*ids, size=rng.integers(*lengths)).tolist() for _ in range(count)]
     return Encoded(rows, None, rng.integers(classes, size=count), pad)
+
+
+def examples(family: str = "bert", count: int = 24, seed: int = 0) -> Encoded:
+    """Padded as a family's tokenizer does: XLNet's head reads the last token."""
+    pad = (tiny_config(family).pad_token_id or 0, 0, "left" if family == "xlnet" else "right")
+    return random_examples(count, seed=seed, pad=pad)
 
 
 def tiny_study(run: Path, model: Path, task: Path, **changes: object) -> dict[str, object]:

@@ -327,8 +327,8 @@ def _clean_strength(rule: Kind, strength: Any) -> float | None:
     low, high = rule.allowed
     whole = isinstance(low, int)
     if not low <= value <= high or math.isinf(value) or whole and value % 1:
-        allowed = f"from {low:g} " + ("up" if math.isinf(high) else f"to {high:g}")
-        allowed += ", a whole number" if whole else ""
+        allowed = "a whole number " if whole else ""
+        allowed += f"from {low:g} " + ("up" if math.isinf(high) else f"to {high:g}")
         raise HealingError(f"strength {value:g} of {rule.name} must be {allowed}: {rule.strength}")
     return value
 

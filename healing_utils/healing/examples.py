@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ class Encoded:
     @cached_property
     def highest(self) -> tuple[int, int]:
         """The highest token id and token type."""
-        return max(map(max, self.ids)), max(map(max, self.types)) if self.types else 0
+        first, second = map(chain.from_iterable, (self.ids, self.types or []))
+        return max(first, default=0), max(second, default=0)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -89,11 +91,12 @@ def as_encoded(
         except (KeyError, TypeError, IndexError) as error:
             kind = type(data).__name__
             raise HealingError(f"{kind} has no columns 'text' and 'label'") from error
-        tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model.name_or_path)
         data = encode(tokenizer, texts, labels, max_length, model.config.num_labels == 1)
     kind, config, (token, token_type) = type(model).__name__, model.config, data.highest
     limit, longest = position_limit(model), int(data.lengths.max())
-    types = getattr(config, "type_vocab_size", 0)  # without any, they are passed over
+    types = getattr(config, "type_vocab_size", 0) or 0  # without any, they are passed over
     wrong = {
         f"an example has {longest} tokens, but {kind} reads {limit} at most: lower max_length to "
         f"at most {limit}": limit is not None and longest > limit,
@@ -117,8 +120,8 @@ def reading_note(tokenizer: Any, texts: Sequence[str] | Sequence[tuple[str, str]
     Letters without a case (Chinese) may be pieces of their own."""
     some = [t for text in texts[:NOTED] for t in ([text] if isinstance(text, str) else text)]
     ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-    pieces = max(1, sum(map(len, ids)))
-    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids) / pieces
+    pieces = sum(map(len, ids))
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids) / pieces if pieces else 1.0
     letters = "".join("".join(some).split())
     cased = sum(letter.lower() != letter.upper() for letter in letters) > len(letters) / 2
     if unknown < UNKNOWN and len(letters) >= pieces * (CASED if cased else UNCASED):

@@ -141,7 +141,7 @@ class MeanPooled(nn.Module):
     def __init__(self, encoder: nn.Module, config: Any):
         super().__init__()
         if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None
+            encoder.pooler = nn.Identity()  # SqueezeBERT calls what is there
         self.encoder = encoder
         rates = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout")
         found = (getattr(config, name, None) for name in rates)

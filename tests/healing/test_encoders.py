@@ -184,13 +184,6 @@ def test_fused_projection_is_sliced_where_its_layout_is_known():
     model = tiny_model("modernbert")
     rows = [pieces(model, part, [0])[0].rows for part in ("query", "key", "value")]
     assert rows == [slice(0, 16), slice(16, 32), slice(32, 48)]
-    # The same matrix under a name whose layout nobody has told us.
-    attention = encoder_layers(model)[0].attn
-    attention.query_key_value = attention.Wqkv
-    del attention.Wqkv
-    with pytest.raises(HealingError, match="cannot be divided.*part 'attention'"):
-        pieces(model, "key")
-    assert "attn.query_key_value.weight" in [p.path for p in pieces(model, "attention")]
     with pytest.raises(HealingError, match="Did you mean 'feed_forward'"):
         pieces(model, "feedforward")
 

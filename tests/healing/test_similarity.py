@@ -7,26 +7,21 @@ import copy
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, LAYERS, tiny_config, tiny_model
-from helpers import random_examples
+from families import FAMILIES, LAYERS, tiny_model
+from helpers import examples, random_examples
 
 from healing_utils.healing.corruption import corrupt
 from healing_utils.healing.similarity import layer_similarity, layer_states, passing_stream
 
 
-def examples(family: str = "bert", count: int = 40):
-    side = "left" if family == "xlnet" else "right"
-    return random_examples(count, pad=(tiny_config(family).pad_token_id or 0, 0, side))
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_model_is_like_itself_in_every_layer_of_every_family(family):
     model = tiny_model(family, "classification")
-    got = layer_similarity(model, copy.deepcopy(model), examples(family))
+    got = layer_similarity(model, copy.deepcopy(model), examples(family, 40))
     for measure in ("cosine", "cka"):
         assert len(got[measure]) == LAYERS + 1
         assert np.allclose(got[measure], 1, atol=1e-9)
-    assert got["stream"] == passing_stream(model, examples(family))
+    assert got["stream"] == passing_stream(model, examples(family, 40))
     assert got["stream"][0] == pytest.approx(1) and max(got["stream"][1:]) < 1
 
 
@@ -35,13 +30,13 @@ def test_layers_below_the_damage_are_the_same_and_those_above_are_not(layer):
     model = tiny_model("bert", "classification")
     broken = copy.deepcopy(model)
     corrupt(broken, layers=[layer], kind="reinit", seed=0)
-    got = layer_similarity(model, broken, examples())
+    got = layer_similarity(model, broken, examples(count=40))
     for measure in ("cosine", "cka"):
         below, above = got[measure][: layer + 1], got[measure][layer + 1 :]
         assert np.allclose(below, 1, atol=1e-9) and max(above) < 0.99
-    states = list(layer_states(model, examples()))  # stand for the model that gave them
-    assert sum(batch.shape[1] for batch in states) == examples().tokens
-    assert layer_similarity(states, broken, examples()) == got
+    states = list(layer_states(model, examples(count=40)))  # stand for the model that gave them
+    assert sum(batch.shape[1] for batch in states) == examples(count=40).tokens
+    assert layer_similarity(states, broken, examples(count=40)) == got
 
 
 class Streams(torch.nn.Module):

@@ -10,12 +10,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny_config, tiny_model
-from helpers import planted_texts, random_examples, save_tiny_bert, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, BertForMaskedLM
+from families import FAMILIES, VOCABULARY, byte_level, tiny_config, tiny_model, wordpiece
+from helpers import examples, planted_texts, random_examples, save_tiny_bert, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, CanineTokenizer
 
 from healing_utils.base.errors import HealingError
 from healing_utils.healing import shortcuts, training
+from healing_utils.healing.examples import reading_note
 from healing_utils.healing.training import (
     Diverged,
     Encoded,
@@ -61,21 +62,20 @@ def test_the_losses_are_those_of_a_plain_loop():
     model = classifier(num_labels=3)
     plain = copy.deepcopy(model).train()
     rate, warm, steps = 1e-2, 0.1, 24
+    slow = "bert.pooler.dense.weight"
     done = fine_tune(
-        model, data, epochs=8, batch_size=32, learning_rate=rate, warmup=warm, seed=5, **QUIET
-    )
-    decays = {True: [], False: []}
-    for name, parameter in plain.named_parameters():
-        decays[parameter.ndim > 1 and not name.endswith("bias")].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": decays[True], "weight_decay": 0.01}, {"params": decays[False]}],
-        lr=rate, weight_decay=0.0, fused=False, foreach=False,
+        model, data, epochs=8, batch_size=32, learning_rate=rate, warmup=warm, seed=5,
+        rates={slow: 0.25}, **QUIET,
     )  # fmt: skip
+    groups = [{"params": [p], "weight_decay": 0.01 * (p.ndim > 1 and not name.endswith("bias"))}
+              | {"factor": 0.25 if name == slow else 1.0}
+              for name, p in plain.named_parameters()]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=False, foreach=False)
     losses = []
     for step, rows in enumerate(training.batches_of(data.lengths, 8, 32, seed=5)):
         rising, falling = (step + 1) / (warm * steps + 1), (steps - step) / (steps * (1 - warm))
         for group in optimizer.param_groups:
-            group["lr"] = rate * (rising if step < warm * steps else falling)
+            group["lr"] = rate * group["factor"] * (rising if step < warm * steps else falling)
         batch = training.collate(data, rows, torch.device("cpu"))
         labels = torch.from_numpy(data.labels[rows])
         loss = torch.nn.functional.cross_entropy(plain(**batch).logits, labels)
@@ -225,9 +225,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(max_tokens, monkeypatch
 def test_padding_does_not_change_logits(family):
     """One by one, without padding, a text has the logits that it has in a padded batch. XLNet,
     whose head reads the last token, is padded on the left, as its tokenizer does."""
-    model, side = classifier(family), "left" if family == "xlnet" else "right"
-    pad = tiny_config(family).pad_token_id or 0
-    data = random_examples(count=10, pad=(pad, 0, side))
+    model, data = classifier(family), examples(family, 10)
     assert len(set(data.lengths)) > 3
     batched = predict(model, data, device="cpu")
     for i in range(len(data)):
@@ -237,7 +235,8 @@ def test_padding_does_not_change_logits(family):
         assert np.allclose(alone[0], batched[i], atol=2e-6), family
     assert batched.std(axis=0).min() > 1e-4  # there is something to tell apart
     if family == "xlnet":  # so the check can fail
-        wrong = predict(model, random_examples(count=10, pad=(pad, 0, "right")), device="cpu")
+        right = random_examples(count=10, pad=(5, 0, "right"))
+        wrong = predict(model, right, device="cpu")
         assert not np.allclose(wrong, batched, atol=1e-4)
 
 
@@ -330,33 +329,9 @@ def test_an_epoch_holds_every_example_once_and_little_padding():
     assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.5
 
 
-def test_the_rate_rises_then_falls_to_nearly_nothing(monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
-
-    def noted(self, *args, **kwargs):
-        rates.append([group["lr"] for group in self.param_groups])
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    fine_tune(
-        classifier(), random_examples(count=80), epochs=2, batch_size=8, learning_rate=1.0,
-        warmup=0.25, rates={"classifier.weight": 0.25}, **QUIET,
-    )  # fmt: skip
-    rates = np.array(rates)
-    assert len(rates) == 20 and (rates[:, 0] == rates[:, 1]).all()
-    assert (rates[:, 2] == 0.25 * rates[:, 0]).all()
-    assert rates[:, 0].argmax() == 5 and rates[5, 0] == 1
-    assert np.allclose(rates[:5, 0], np.arange(1, 6) / 6)
-    assert np.allclose(rates[5:, 0], np.arange(15, 0, -1) / 15)
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_trains_and_decays_what_it_should(family):
-    config = tiny_config(family)
-    side = "left" if family == "xlnet" else "right"
-    data = random_examples(count=16, pad=(config.pad_token_id or 0, 0, side))
-    model = tiny_model(family, "classification")
+    model, data = tiny_model(family, "classification"), examples(family, 16)
     before, names = weights(model), {id(p): name for name, p in model.named_parameters()}
     decays, spared = (
         {names[id(p)] for p in group["params"]}
@@ -423,9 +398,43 @@ def test_data_that_cannot_be_trained_on_is_refused():
     for use in (fine_tune, evaluate):
         with pytest.raises(HealingError, match="62 tokens, but .* reads 40 at most: lower max_l"):
             use(classifier(), long)
+    with pytest.raises(HealingError, match="max_length 2 leaves no place beside 2 special tokens"):
+        encode(tokenizer, ["good"], [1], max_length=2)
     tokenizer.pad_token = None
     with pytest.raises(HealingError, match="no padding token"):
         encode(tokenizer, ["good"], [1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "types", "label", "message"),
+    [
+        (VOCABULARY, 0, 0, "has the token 60, but .* has embeddings for 60: the tokenizer is anot"),
+        (5, 1, 0, "has the token type 1, but .* knows 1: it cannot tell the two texts of a pair"),
+        (5, 0, 2, "label 2 is none of Bert.*'s 2 classes"),
+        (5, 0, -1, "label -1 is none of Bert.*'s 2 classes"),
+    ],
+)
+def test_what_lies_beyond_a_models_tables_is_one_line(ids, types, label, message):
+    labels = np.array([0, label])
+    given = Encoded([[2, 3], [2, ids]], [[0, 0], [0, types]], labels, (0, 0, "right"))
+    model = classifier(type_vocab_size=1)
+    for use in (fine_tune, evaluate, *([predict] if label == 0 else [])):
+        with pytest.raises(HealingError, match=message):
+            use(model, given)
+    if label == 0:
+        with pytest.raises(HealingError, match=message):
+            fine_tune(model, random_examples(), given, **QUIET)
+
+
+def test_a_vocabulary_that_is_not_made_for_the_texts_is_said():
+    tokenizer, texts = tiny_tokenizer(), planted_texts(300)[0]
+    assert reading_note(tokenizer, texts) == reading_note(tokenizer, [texts[:2]]) == ""
+    note = reading_note(tokenizer, ["an unknown word", "another good one"])
+    assert note.startswith("6 pieces for 6 words, 83% of them unknown: its vocabulary is not made")
+    letters = wordpiece()  # of words that it has not, letters
+    assert reading_note(letters, ["the cat sat on the mat"]) == ""
+    assert reading_note(letters, ["aabab babba", "abba"]).startswith("14 pieces for 3 words, 0%")
+    assert reading_note(byte_level(), ["今天天气"]).startswith("0 pieces for 1 words, 100%")
 
 
 def test_auto_takes_bfloat16_only_where_the_gpu_computes_it(monkeypatch):
@@ -474,6 +483,9 @@ def test_cut_texts_are_counted_exactly_and_token_types_kept_where_there_are_any(
     assert batch["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
     assert batch["attention_mask"].tolist() == [[1] * 6 + [0] * 2, [1] * 8]
     assert "attention_mask" not in training.collate(data, np.array([0]), torch.device("cpu"))
+    slow = CanineTokenizer()  # in Python: a letter is a token
+    assert encode(slow, ["abcd", "ab", "a" * 9], [0] * 3, max_length=6).truncated == 1
+    assert encode(slow, [("ab", "a"), ("ab", "ab")], [0] * 2, max_length=6).truncated == 1
     tokenizer.model_max_length = 5  # what the model can take comes first
     assert encode(tokenizer, texts, [0] * 6, max_length=8).lengths.max() == 5
 
