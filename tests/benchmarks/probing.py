@@ -195,7 +195,7 @@ def run_saga(layer: np.ndarray, own: Probes, y: np.ndarray) -> dict[str, Any]:
 
 
 def measure(python: str) -> dict[str, Any]:
-    from healing_utils.probing.alignment import align
+    from healing_utils.probing.activations import align
 
     torch.set_num_threads(THREADS)
     corpus = read_corpus()

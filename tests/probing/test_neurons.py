@@ -317,7 +317,7 @@ SHORTER = TRAIN[0][:, :, :-1]
         (rank_neurons, {"activations": np.zeros((3, 600))}, "layers, words, features"),
         (rank_neurons, {"activations": np.full((3, 600, 2), np.inf)}, "layer 0 hold values"),
         (rank_neurons, {"seed": -1, "method": "lca"}, "seed -1 is not a whole number from 0 up"),
-        (minimal_neurons, {"test_activations": SHORTER}, r"array \(4, words, 6\), got .*5"),
+        (minimal_neurons, {"test_activations": SHORTER}, r"numbers \(4, words, 6\), got .*5"),
         (minimal_neurons, {"delta": -1}, "delta -1"),
         (minimal_neurons, {"groups": [1, 2, 3]}, "groups must be one value a word: 600, got 3"),
         (minimal_neurons, {"groups": [1] * 600}, "1 groups"),
