@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional as F
 
 from healing_utils import extract_activations, load_corpus, rank_neurons
 from healing_utils.base.errors import HealingError
@@ -36,12 +37,11 @@ def planted(
     return (10 * x + 3).astype(np.float32), y
 
 
-def objective(weight, bias, x, y, l1, l2) -> float:
-    """The definition, in float64, on standardised activations x (words, features)."""
-    scores = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-    scores -= scores.max(axis=1, keepdims=True)
-    loss = np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(y)), y]
-    return float(loss.mean() + l1 * np.abs(weight).sum() + l2 / 2 * np.square(weight).sum())
+def objective(weight, bias, z, y, l1, l2) -> float:
+    """The definition, in float64, on standardised activations z (words, features)."""
+    scores = torch.from_numpy(z.astype(np.float64) @ weight.T.astype(np.float64) + bias)
+    loss = F.cross_entropy(scores, torch.from_numpy(y)).item()
+    return loss + l1 * np.abs(weight).sum() + l2 / 2 * np.square(weight).sum()
 
 
 def fit(x, y, *penalties, **settings):
@@ -196,12 +196,6 @@ def test_a_gpu_finds_the_same_minimum():
     )
     assert np.allclose(cpu.objective, gpu.objective.cpu(), rtol=1e-5)
     assert (cpu.weight - gpu.weight.cpu()).abs().max() < 1e-2
-
-
-def test_the_chosen_penalty_is_weak_for_signal_and_strong_for_noise():
-    x, y = planted(words=800, layers=2, layer=1, features=40, noise=1.5)
-    found = probe_layers(x, y, x, y, penalties=(0.3, 0.03, 0.003, 0.0003))
-    assert found.l1[0] >= 0.03 >= found.l1[1] and found.l1.equals(found.l2)
 
 
 def test_choosing_keeps_groups_whole():
