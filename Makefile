@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test check test-cluster lab report lock badges bench bench-gpu growth scaling colab-check clean
+.PHONY: help study test check test-cluster lab report lock badges bench bench-gpu growth scaling coverage colab-check clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -73,7 +73,7 @@ bench: $(VENV)/.neurox  ## Measure training and probing against their peers; nee
 	@export $$($(BIN)/python -c \
 	  'from healing_utils.study.pool import HUGE_PAGES as h; print(*map("=".join, h.items()))'); \
 	$(BIN)/python tests/benchmarks/throughput.py $(ARGS); \
-	$(BIN)/python tests/benchmarks/probing.py --neurox $(VENV)/neurox/bin/python
+	$(BIN)/python tests/benchmarks/probing.py $(VENV)/neurox/bin/python
 
 bench-gpu: $(READY)  ## Measure training on a GPU: MiniLM-L6, BERT-Base and BERT-Large on SST-2
 	@for model in sentence-transformers/all-MiniLM-L6-v2:2e-4 bert-base-uncased:2e-5 \
@@ -87,6 +87,9 @@ growth: $(READY)  ## Measure how time and memory grow, and draw it
 
 scaling: $(VENV)/.cluster  ## Measure one worker against two, as processes and on Ray
 	@$(BIN)/python tests/benchmarks/scaling.py $(ARGS)
+
+coverage: $(READY)  ## Simulate how often intervals cover and verdicts err (ARGS=--write keeps it)
+	@$(BIN)/python tests/benchmarks/coverage.py $(ARGS)
 
 colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
 	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/run/test_colab.py $(ARGS)

@@ -46,20 +46,6 @@ def there(neurons: Iterable[Neuron], layers: int, hidden: int) -> list[Neuron]:
     return sorted(named)
 
 
-def _features(words: Words, neurons: Sequence[Neuron]) -> torch.Tensor:
-    """The activations of `neurons`, ascending, as one probe's: float32 (words, neurons)."""
-    layers, units = np.asarray(neurons).T
-    out = torch.empty(len(words.ids), len(neurons))
-    for layer in np.unique(layers):
-        at = np.flatnonzero(layers == layer)
-        out[:, at[0] : at[-1] + 1] = words.features(layer, units[at])
-    return out
-
-
-def _fit(words: Words, neurons: Sequence[Neuron], fitting: dict[str, Any]) -> Probes:
-    return fit_probes(_features(words, neurons), words.ids, **fitting)
-
-
 def _accuracy(
     train: Words, test: Words, neurons: Sequence[Neuron], fitting: dict[str, Any],
     probe: Probes | None = None,
@@ -68,8 +54,8 @@ def _accuracy(
     if not len(neurons):
         return float(np.mean(test.ids == np.bincount(train.ids).argmax()))
     neurons = sorted(neurons)  # so that a set has one accuracy, however it was ranked
-    probe = probe or _fit(train, neurons, fitting)
-    answers = probe.scores(_features(test, neurons))[0].argmax(dim=-1).numpy()
+    probe = probe or fit_probes(train.of(neurons), train.ids, **fitting)
+    answers = probe.scores(test.of(neurons))[0].argmax(dim=-1).numpy()
     return float(np.mean(probe.names[answers] == test.ids))
 
 
@@ -105,7 +91,8 @@ def _rank(
     choose(method, METHODS, "ranking method")
     neurons = words.neurons()
     if method == "lca":
-        probe = probe or _fit(words, neurons, {"tolerance": TOLERANCE, **fitting})
+        fitting = {"tolerance": TOLERANCE, **fitting}
+        probe = probe or fit_probes(words.of(neurons), words.ids, **fitting)
         order = rank_weights(probe.weight[0].cpu(), seed=seed)
     else:
         score = probeless if method == "probeless" else gaussian
@@ -248,8 +235,9 @@ def minimal_neurons(
     if len(np.unique(inner.ids)) < 2:
         raise HealingError("what is left to train on after holding out words has one label only")
     fitting = {"penalties": [(l1, l2)], "device": device, **fitting}
-    probe = _fit(inner, words.neurons(), {"tolerance": TOLERANCE, **fitting})
-    full = _accuracy(inner, dev, words.neurons(), fitting, probe)
+    every = words.neurons()
+    probe = fit_probes(inner.of(every), inner.ids, **{"tolerance": TOLERANCE, **fitting})
+    full = _accuracy(inner, dev, every, fitting, probe)
     ranking = _rank(inner, method, seed, fitting, probe)
     searched = {len(ranking): full}
 

@@ -18,8 +18,7 @@ from healing_utils.base.errors import HealingError
 from healing_utils.healing import models
 from healing_utils.healing.training import evaluate
 from healing_utils.probing import activations, neurons
-from healing_utils.probing.codelength import online_codelength
-from healing_utils.probing.probes import probe_layers
+from healing_utils.probing.probes import online_codelength, probe_layers
 from healing_utils.study.cells import CORRUPTED, Cell
 from healing_utils.study.compute import network, similarity
 from healing_utils.texts.corpora import load_corpus

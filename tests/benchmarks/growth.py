@@ -4,13 +4,12 @@
 
 Every point is measured in a process of its own, whose peak memory is the system's count of its
 resident pages; one process at a time. Models have random weights: neither time nor memory hangs on
-the values. Writes ``growth.json`` beside this file and ``figures/growth.png``.
+the values. Writes ``growth.json`` beside this file and ``figures/growth.png``, which ``make growth
+ARGS=--draw`` draws again.
 """
 
-import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,25 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shared import BATCH, HERE, THREADS, apart, machine, trainer
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-BATCH, STEPS = 32, 12
-MINILM = {"layers": 6, "hidden": 384, "heads": 12}
+STEPS = 12
+SMALL = {"layers": 6, "hidden": 384, "heads": 12}  # MiniLM-L6's shape
 SHAPES = ((6, 128, 4), (6, 256, 8), (6, 384, 12), (6, 768, 12), (12, 768, 12), (24, 1024, 16))
 POINTS: dict[str, list[dict[str, Any]]] = {
     "cells": [{"seeds": n} for n in (3, 31, 310)],
     "size": [{"layers": n, "hidden": d, "heads": h, "length": 16} for n, d, h in SHAPES],
-    "length": [{**MINILM, "length": n} for n in (8, 16, 32, 64, 128, 256, 512)],
-    "words": [{**MINILM, "words": n} for n in (2_000, 8_000, 32_000, 128_000)],
+    "length": [{**SMALL, "length": n} for n in (8, 16, 32, 64, 128, 256, 512)],
+    "words": [{**SMALL, "words": n} for n in (2_000, 8_000, 32_000, 128_000)],
     "neurons": [{"layers": 13, "hidden": 768, "words": n} for n in (2_000, 20_000, 200_000)],
 }
-AXES = {
-    "cells": ("finished cells", "plan and look up"),
-    "size": ("million parameters", "a training step\n32 × 16 tokens"),
-    "length": ("tokens a sentence", "a training step\n32 sentences"),
-    "words": ("words", "store and probe\n7 layers of 384"),
-    "neurons": ("words", "rank\n13 × 768 neurons"),
+AXES = {  # what stands on it, by which name in a point, and what is measured
+    "cells": ("finished cells", "cells", "plan and look up"),
+    "size": ("million parameters", "parameters", "a training step\n32 × 16 tokens"),
+    "length": ("tokens a sentence", "length", "a training step\n32 sentences"),
+    "words": ("words", "words", "store and probe\n7 layers of 384"),
+    "neurons": ("words", "words", "rank\n13 × 768 neurons"),
 }
 
 
@@ -49,52 +47,34 @@ def bert(layers: int, hidden: int, heads: int) -> Any:
     return BertForSequenceClassification(config)
 
 
-def seconds_a_step(model: Any, length: int, train: Callable[[Any], Any]) -> dict[str, float]:
+def seconds_a_step(length: int, shape: dict[str, int], train: Callable) -> dict[str, float]:
     """Train, with the optimizer's steps as the clock; the first two are left out."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from healing_utils.healing.training import Encoded
 
-    rng = np.random.default_rng(0)
+    model, rng, steps = bert(**shape), np.random.default_rng(0), []
     ids = rng.integers(5, 3000, (BATCH * STEPS, length)).tolist()
     data = Encoded(ids, None, rng.integers(0, 2, len(ids)), (0, 0, "right"))
-    steps: list[float] = []
     # Counted before a shortcut takes anything away.
     size = sum(p.numel() for p in model.base_model.encoder.parameters())
     register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
-    train(data)
-    return {"parameters": size, "seconds": float(np.median(np.diff(steps)[1:]))}
+    train(model, data)
+    return {"parameters": size / 1e6, "seconds": float(np.median(np.diff(steps)[1:]))}
 
 
 def measure_training(length: int, **shape: int) -> dict[str, float]:
     """Seconds a step of `fine_tune`, float32."""
     from healing_utils.healing.training import fine_tune
 
-    model, how = bert(**shape), {"progress": False, "precision": "float32", "device": "cpu"}
-    return seconds_a_step(
-        model, length, lambda data: fine_tune(model, data, epochs=1, batch_size=BATCH, **how)
-    )
+    how = {"epochs": 1, "progress": False, "precision": "float32", "device": "cpu"}
+    return seconds_a_step(length, shape, lambda model, data: fine_tune(model, data, **how))
 
 
 def measure_trainer(length: int, **shape: int) -> dict[str, float]:
     """The same of Trainer."""
-    from throughput import Columns
-    from transformers import Trainer, TrainingArguments
-
-    model = bert(**shape)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, num_train_epochs=1, per_device_train_batch_size=BATCH, use_cpu=True,
-            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-        )  # fmt: skip
-        return seconds_a_step(
-            model, length,
-            lambda data: Trainer(model, arguments, train_dataset=Columns(data, None)).train(),
-        )  # fmt: skip
-
-
-def peak_gigabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    how = {"num_train_epochs": 1, "use_cpu": True}
+    return seconds_a_step(length, shape, lambda *given: trainer(*given, **how).train())
 
 
 def measure_cells(seeds: int) -> dict[str, float]:
@@ -115,19 +95,17 @@ def measure_cells(seeds: int) -> dict[str, float]:
         start = time.perf_counter()
         study = Study(given)
         cells = [cell for stage in STAGES for cell in study.plan(stage)]
-        found = [study.store.read(cell.stage, cell.key) for cell in cells]
-        seconds = time.perf_counter() - start
-    assert all(found)
-    return {"cells": len(cells), "seconds": seconds}
+        assert all(study.store.read(cell.stage, cell.key) for cell in cells)
+        return {"cells": len(cells), "seconds": time.perf_counter() - start}
 
 
 def measure_words(words: int, **shape: int) -> dict[str, float]:
     """Map the activations of sentences of 20 words to a file and probe every layer for a label that
-    hangs on the word and its left neighbour. Extraction is timed on its own too, and in memory."""
+    hangs on the word and its left neighbour."""
     import torch
 
     from healing_utils.healing import models
-    from healing_utils.probing.activations import compact_activations, extract_activations
+    from healing_utils.probing.activations import compact_activations
     from healing_utils.probing.probes import fit_probes
 
     tokenizer = models.load_tokenizer("organism")
@@ -138,17 +116,11 @@ def measure_words(words: int, **shape: int) -> dict[str, float]:
     labels = ((ids + np.roll(ids, 1, axis=1) // 400) % 19).ravel()
     start = time.perf_counter()
     x, _ = compact_activations(model, tokenizer, sentences, memory=0)
-    extracted = time.perf_counter() - start
     probe = None
     for layer in x:
         own = torch.from_numpy(np.array(layer, dtype=np.float32))
-        probe = fit_probes(own, labels, 19, [(1e-3, 1e-2)], start=probe)
-    seconds = time.perf_counter() - start
-    del x
-    found = {"seconds": seconds, "extraction": extracted, "gigabytes": peak_gigabytes()}
-    start = time.perf_counter()
-    extract_activations(model, tokenizer, sentences)
-    return {**found, "in_memory": time.perf_counter() - start}
+        probe = fit_probes(own, labels, [(1e-3, 1e-2)], start=probe)
+    return {"seconds": time.perf_counter() - start}
 
 
 def measure_neurons(layers: int, hidden: int, words: int) -> dict[str, float]:
@@ -176,16 +148,18 @@ MEASURES = {
 }  # fmt: skip
 
 
-def point(measure: str, given: dict[str, Any], threads: int) -> dict[str, Any]:
-    """One point, measured in a new process."""
-    command = [sys.executable, __file__, "--point", measure, json.dumps(given)]
-    command += ["--threads", str(threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return {**given, **json.loads(done.stdout.splitlines()[-1])}
+def point(measure: str, given: str) -> dict[str, Any]:
+    """One point, in a process that has done nothing else."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    found = MEASURES[measure](**json.loads(given))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {**json.loads(given), **found, "gigabytes": peak}
 
 
 def draw(result: dict[str, Any]) -> Any:
-    """Time above, peak memory below, both axes logarithmic; a dashed line grows in proportion."""
+    """Time above, peak memory below, both axes logarithmic; a dotted line grows in proportion."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -196,18 +170,16 @@ def draw(result: dict[str, Any]) -> Any:
     with plots.style():
         figure = Figure(figsize=(plots.PAGE, 3.6), layout="constrained")
         axes = figure.subplots(2, len(AXES), sharex="col", sharey="row")
-        for column, (what, (label, title)) in zip(axes.T, AXES.items(), strict=True):
-            rows, peers = result["points"][what], result["peers"].get(what)
-            name = {"neurons": "words", "size": "parameters"}.get(what, what)
-            x = [r[name] / (1e6 if what == "size" else 1) for r in rows]
+        for column, (what, (label, name, title)) in zip(axes.T, AXES.items(), strict=True):
+            rows, peers = result["points"][what], result["peers"].get(what, [])
+            x = [row[name] for row in rows]
             for ax, value in zip(column, ("seconds", "gigabytes"), strict=True):
-                ax.plot(x, [r[value] for r in rows], "o-", color="#0072B2", label="ours")
-                if peers:
-                    ax.plot(x, [r[value] for r in peers], "s--", **theirs)
+                ax.plot(x, [row[value] for row in rows], "o-", color="#0072B2", label="ours")
+                ax.plot(x[: len(peers)], [row[value] for row in peers], "s--", **theirs)
                 ax.set(xscale="log", yscale="log")
-                ax.xaxis.set_major_formatter(plain)
                 ax.xaxis.set_minor_formatter("")
-                ax.yaxis.set_major_formatter(plain)
+                for axis in (ax.xaxis, ax.yaxis):
+                    axis.set_major_formatter(plain)
             middle = len(x) // 2
             scaled = rows[middle]["seconds"] * np.array(x) / x[middle]
             column[0].plot(x, scaled, ":", color="#6B6B6B", label="in proportion", linewidth=1)
@@ -219,41 +191,22 @@ def draw(result: dict[str, Any]) -> Any:
     return figure
 
 
-def measure(threads: int) -> dict[str, Any]:
-    import torch
-
-    from healing_utils.study.study import PACKAGES, version
-
-    result: dict[str, Any] = {
-        "threads": threads,
-        "processor": torch.cpu.get_capabilities().get("cpu_name", "unknown"),
-        "versions": {name: version(name) for name in PACKAGES}, "points": {}, "peers": {},
-    }  # fmt: skip
-    for what, points in POINTS.items():
-        result["points"][what] = [point(what, given, threads) for given in points]
-        if what in ("size", "length"):
-            result["peers"][what] = [point("trainer", given, threads) for given in points]
-        for row in result["points"][what]:
-            print(what, row, flush=True)
-    return result
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--point", nargs=2, metavar=("WHAT", "JSON"), help="one point, as JSON")
-    parser.add_argument("--draw", action="store_true", help="draw growth.json again")
-    work, path = parser.parse_args(), HERE / "growth.json"
-    if work.point:
-        import torch
-
-        torch.set_num_threads(work.threads)
-        found = MEASURES[work.point[0]](**json.loads(work.point[1]))
-        print(json.dumps({"gigabytes": peak_gigabytes(), **found}))
+    given, path = sys.argv[1:], HERE / "growth.json"
+    if len(given) == 2:
+        print(json.dumps(point(*given)))
         return
-    if not work.draw:
-        path.write_text(json.dumps(measure(work.threads), indent=1) + "\n")
-    draw(json.loads(path.read_text())).savefig(ROOT / "figures" / "growth.png", dpi=200)
+    if given != ["--draw"]:
+        result: dict[str, Any] = {**machine(), "points": {}, "peers": {}}
+        for what, points in POINTS.items():
+            asked = [json.dumps(values) for values in points]
+            result["points"][what] = [apart(__file__, what, values) for values in asked]
+            if what in ("size", "length"):
+                result["peers"][what] = [apart(__file__, "trainer", values) for values in asked]
+            print(what, *result["points"][what], sep="\n", flush=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    figure = draw(json.loads(path.read_text()))
+    figure.savefig(HERE.parents[1] / "figures" / "growth.png", dpi=200)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,17 @@ to be equal. Seconds are those of the stage, so that starting the workers counts
 ``scaling.json`` and ``scaling.md`` beside this file.
 """
 
-import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from shared import HERE, apart, table, write
+
 WAYS = {
     "in-process": "in-process", "2 processes": "workers", "Ray, 1 CPU": "ray",
     "Ray, 2 nodes of 1 CPU": "ray",
@@ -37,56 +36,40 @@ def measure(way: str) -> dict[str, Any]:
 
     os.environ["HEALING_PROGRESS"] = "quiet"
     given = {"scans": {}, "task": "sentiment", "seeds": [0, 1], "workers": 2}
-    with (
-        tempfile.TemporaryDirectory(prefix="scaling-") as folder,
-        contextlib.ExitStack() as running,
-    ):
+    with contextlib.ExitStack() as running:
+        folder = running.enter_context(tempfile.TemporaryDirectory(prefix="scaling-"))
         study = Study(settle("quick", folder, given))
-        cells = study.plan("recovery")  # so that the data are made
-        start, address = time.perf_counter(), None
+        cells, address = study.plan("recovery"), None  # so that the data are made
         if way.startswith("Ray"):
             from loopback import loopback_cluster
 
-            cluster = running.enter_context(loopback_cluster(2 if "nodes" in way else 1))
-            address = cluster.address
+            nodes = 2 if "nodes" in way else 1
+            address = running.enter_context(loopback_cluster(nodes)).address
         begun = time.perf_counter()
         study.compute(cells, way, WAYS[way], address)
         seconds = time.perf_counter() - begun
         study.close()
         spent = [record["times"]["seconds"] for record in study.store.records("recovery")]
-        return {
-            "way": way, "cells": len(spent), "seconds": seconds, "cluster": begun - start,
-            "in_cells": sum(spent), "digest": digest(contents(Path(folder))),
-        }  # fmt: skip
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| cells computed | seconds | against in-process | within cells, summed |"]
-    lines.append("|---|---:|---:|---:|")
-    for row in rows:
-        ratio, told = rows[0]["seconds"] / row["seconds"], f"{row['way']} | {row['seconds']:.1f}"
-        lines.append(f"| {told} | {ratio:.2f} × | {row['in_cells']:.1f} |")
-    return "\n".join(lines) + "\n"
+        records = digest(contents(Path(folder)))
+    return {"way": way, "seconds": seconds, "in_cells": sum(spent), "digest": records}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--way", help="measure one way, as JSON")
-    work = parser.parse_args()
-    if work.way:
-        print(json.dumps(measure(work.way)))
+    if sys.argv[1:]:
+        print(json.dumps(measure(sys.argv[1])))
         return
-    rows = []
+    found = []
     for way in WAYS:
-        command = [sys.executable, __file__, "--way", way]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(rows[-1], flush=True)
-    if len({row["digest"] for row in rows}) > 1:
+        found.append(apart(__file__, way))
+        print(found[-1], flush=True)
+    if len({row["digest"] for row in found}) > 1:
         raise SystemExit("the records differ")
-    (HERE / "scaling.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (HERE / "scaling.md").write_text(markdown(rows))
-    print("\n" + markdown(rows))
+    rows = []
+    for row in found:
+        ratio = f"{found[0]['seconds'] / row['seconds']:.2f} ×"
+        rows.append([row["way"], f"{row['seconds']:.1f}", ratio, f"{row['in_cells']:.1f}"])
+    head = ["cells computed", "seconds", "against in-process", "within cells, summed"]
+    write("scaling", found, table(head, rows))
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ from healing_utils.base.errors import HealingError
 from healing_utils.probing import activations
 from healing_utils.probing.activations import (
     AGGREGATIONS,
+    align,
     compact_activations,
+    cut_windows,
     extract_activations,
+    max_positions,
     sentence_activations,
-)  # fmt: skip
-from healing_utils.probing.alignment import align, cut_windows, max_positions
+)
 
 WORDS = sum(map(len, SENTENCES))
 DECODER = hf.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1)
@@ -218,7 +220,7 @@ def test_positions_are_the_models_or_the_tokenizers_and_xlnet_reads_any_length_a
         (r"sentences\[1\], word 2 \('a+'...\) has 99 subwords; .* 38 at once",
          {"sentences": [["cat"], ["the", "cat", "a" * 99]]}),
         (r"must be lists of words: sentences\[0\] is 'the cat'", {"sentences": ["the cat"]}),
-        (r"must be lists of words: sentences\[0\] is 't'", {"sentences": "the cat"}),
+        (r"must be lists of words: sentences\[0\] is 'the cat'", {"sentences": "the cat"}),
         (r"must be lists of words: sentences\[1\] is None", {"sentences": [["a"], None]}),
         (r"must be lists of words: sentences\[0\] is None", {"sentences": None}),
         (r"sentences\[0\] holds 3, which is no text", {"sentences": [["the", 3]]}),
@@ -294,8 +296,7 @@ BARE = hf.PreTrainedTokenizerFast(
     [
         ("unknown pooling 'men'.*'mean'", {"pooling": "men"}),
         ("no classification token.*pooling='mean'", {"tokenizer": BARE}),
-        ("a list of texts, or of pairs: texts.0. is 'the cat'", {"texts": "the cat"}),
-        ("a list of texts, or of pairs: texts.1. is None", {"texts": ["cat", None]}),
+        ("must be texts or pairs of texts: texts.1. is None", {"texts": ["cat", None]}),
         ("holds nan, which is no text", {"texts": [("cat", float("nan"))]}),
         ("at least one, and all of a kind", {"texts": []}),
         ("at least one, and all of a kind", {"texts": ["cat", ("cat", "mat")]}),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from healing_utils.base.errors import HealingError
-from healing_utils.probing import codelength
-from healing_utils.probing.codelength import FRACTIONS, block_ends, online_codelength
+from healing_utils.probing import probes
+from healing_utils.probing.probes import FRACTIONS, block_ends, online_codelength
 
 
 def words(count: int = 3000, features: int = 30, seed: int = 0):
@@ -31,7 +31,7 @@ def test_random_labels_take_their_entropy_and_planted_ones_far_less():
     assert 0.99 * least < found.loc[0, "codelength"] < 1.03 * least
     assert found.loc[1, "codelength"] < 0.1 * least
     # Noise is read with the strongest prior there is.
-    assert found.loc[0, "precision"] == max(codelength.PRECISIONS)
+    assert found.loc[0, "precision"] == max(probes.PRECISIONS)
 
 
 def test_labels_that_take_longer_to_learn_have_the_longer_code():
@@ -54,14 +54,14 @@ def test_blocks_are_the_papers_fractions_in_whole_sentences():
 
 def test_the_code_is_the_sum_over_blocks_by_hand(monkeypatch):
     """Three words, then three: the second block by the frequencies alone, where x says nothing."""
-    monkeypatch.setattr(codelength, "FRACTIONS", (0.5, 1.0))
+    monkeypatch.setattr(probes, "FRACTIONS", (0.5, 1.0))
     x = np.zeros((1, 6, 2), dtype=np.float32)  # constant: no weight
     labels = np.array([0, 0, 1, 0, 0, 2])
-    monkeypatch.setattr(codelength, "shuffled", lambda count, seed: np.arange(count))
+    monkeypatch.setattr(probes, "shuffled", lambda count, seed: np.arange(count))
     (bits,) = online_codelength(x, labels)["codelength"]
     known = np.array([2 / 3, 1 / 3, 0])
     mixed = (3 * known + 1) / 6
-    wanted = np.log2(len(codelength.PRECISIONS)) + 3 * np.log2(3) - np.log2(mixed[labels[3:]]).sum()
+    wanted = np.log2(len(probes.PRECISIONS)) + 3 * np.log2(3) - np.log2(mixed[labels[3:]]).sum()
     assert bits == pytest.approx(wanted, abs=2e-2)  # the probe's tolerance
 
 

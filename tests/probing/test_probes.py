@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional as F
 
 from healing_utils import extract_activations, load_corpus, rank_neurons
 from healing_utils.base.errors import HealingError
@@ -36,12 +37,11 @@ def planted(
     return (10 * x + 3).astype(np.float32), y
 
 
-def objective(weight, bias, x, y, l1, l2) -> float:
-    """The definition, in float64, on standardised activations x (words, features)."""
-    scores = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-    scores -= scores.max(axis=1, keepdims=True)
-    loss = np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(y)), y]
-    return float(loss.mean() + l1 * np.abs(weight).sum() + l2 / 2 * np.square(weight).sum())
+def objective(weight, bias, z, y, l1, l2) -> float:
+    """The definition, in float64, on standardised activations z (words, features)."""
+    scores = torch.from_numpy(z.astype(np.float64) @ weight.T.astype(np.float64) + bias)
+    loss = F.cross_entropy(scores, torch.from_numpy(y)).item()
+    return loss + l1 * np.abs(weight).sum() + l2 / 2 * np.square(weight).sum()
 
 
 def fit(x, y, *penalties, **settings):
@@ -69,7 +69,6 @@ def test_the_optimality_conditions_hold_at_the_solution(l1, l2):
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.filterwarnings("ignore:'penalty' was deprecated")
 @pytest.mark.parametrize("l1, l2", [(0.01, 0.01), (0.002, 0.0005)])
 def test_the_objective_is_no_worse_than_scikit_learns(l1, l2):
     from sklearn.linear_model import LogisticRegression
@@ -77,8 +76,8 @@ def test_the_objective_is_no_worse_than_scikit_learns(l1, l2):
     (x,), y = planted(layers=1, layer=0, noise=2.0)
     found, z = fit(x, y, (l1, l2), tolerance=1e-5)
     peer = LogisticRegression(
-        penalty="elasticnet", solver="saga", C=1 / (len(y) * (l1 + l2)), l1_ratio=l1 / (l1 + l2),
-        tol=1e-8, max_iter=1000, random_state=0,
+        solver="saga", C=1 / (len(y) * (l1 + l2)), l1_ratio=l1 / (l1 + l2), tol=1e-8,
+        max_iter=1000, random_state=0,
     ).fit(z, y)  # fmt: skip
     theirs = objective(peer.coef_, peer.intercept_, z, y, l1, l2)
     ours = objective(found.weight[0], found.bias[0], z, y, l1, l2)
@@ -199,12 +198,6 @@ def test_a_gpu_finds_the_same_minimum():
     assert (cpu.weight - gpu.weight.cpu()).abs().max() < 1e-2
 
 
-def test_the_chosen_penalty_is_weak_for_signal_and_strong_for_noise():
-    x, y = planted(words=800, layers=2, layer=1, features=40, noise=1.5)
-    found = probe_layers(x, y, x, y, penalties=(0.3, 0.03, 0.003, 0.0003))
-    assert found.l1[0] >= 0.03 >= found.l1[1] and found.l1.equals(found.l2)
-
-
 def test_choosing_keeps_groups_whole():
     # Every sentence has its own direction, and all its words one random label: a split inside
     # sentences would reward learning them by heart, a split between sentences cannot.
@@ -309,10 +302,10 @@ NAN[1, 7, 3] = np.nan
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"activations": X[0]}, r"activations must be an array .*60, 12"),
-        ({"activations": [[1.0]]}, "got list"),
-        ({"test_activations": X[:, :20, :5]}, r"must be an array \(3, words, 12\), got .*5"),
-        ({"test_activations": X[:2, :20]}, r"must be an array \(3, words, 12\), got \(2"),
+        ({"activations": X[0]}, r"activations must be numbers .*60, 12"),
+        ({"activations": [[1.0]]}, "got .* of list"),
+        ({"test_activations": X[:, :20, :5]}, r"must be numbers \(3, words, 12\), got .*5"),
+        ({"test_activations": X[:2, :20]}, r"must be numbers \(3, words, 12\), got \(2"),
         ({"labels": Y[:50]}, "labels must be one value a word: 60, got 50"),
         ({"test_labels": Y}, "test labels must be one value a word: 20"),
         ({"words": ["a"] * 59}, "words must be one value a word: 60, got 59"),
@@ -330,7 +323,7 @@ NAN[1, 7, 3] = np.nan
         ({"activations": NAN}, "activations of layer 1 hold values not finite"),
         ({"test_activations": NAN[:, :20]}, "test activations of layer 1 hold"),
         ({"activations": X * 1e30}, "too large: their squares are not finite"),
-        ({"activations": X.astype(str)}, "must be numbers, got <U"),
+        ({"activations": X.astype(str)}, "must be numbers .* of <U"),
         ({"penalties": []}, "at least one penalty"),
         ({"penalties": [0.1, 0.0]}, "penalty 0.0: need l1 of at least 0 and l2 above 0"),
         ({"penalties": [(0.1, 0.1, 0.1)]}, "as a pair"),
