@@ -106,7 +106,7 @@ class Study:
         the folder has records of a study with other parameters.
         """
         if {"levels", "layers", "scans"} & self.given.keys() and not has_records(self.run_folder):
-            for other in ("recovery", "scans", "networks"):  # what no model has is refused at once
+            for other in ("recovery", "scans"):  # what no model has is refused at once
                 self.plan(other)
         cells = self.plan(stage)
         if plan:
