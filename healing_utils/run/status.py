@@ -52,7 +52,7 @@ def progress(run: Path) -> Iterator[tuple[str, list[dict], list[dict]]]:
 
 
 def _place(cell: dict) -> str:
-    return f"{cell['stage']}/{cell.get('key')}"
+    return f"{cell['stage']}/{cell.get('key', '')}"
 
 
 def _claim(path: Path) -> str:
@@ -72,7 +72,7 @@ def _claim(path: Path) -> str:
 def describe(run: Path) -> str:
     """The state of a run as text: stages, running and missing cells, notebooks."""
     lines, stages = [f"Run {run.absolute()}"], list(progress(run))
-    for stage, cells, missing in stages:
+    for stage, cells, missing in (stage for stage in stages if stage[1]):
         lines.append(f"  {stage:12} {len(cells) - len(missing)} of {len(cells)} cells done")
         claims = [(c["name"], _claim(run / "claims" / f"{c['key']}.json")) for c in missing]
         lines += [f"    running  {name} {claim}" for name, claim in claims if claim]

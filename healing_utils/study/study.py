@@ -188,8 +188,7 @@ class Study:
         task and seed after the other."""
         planned = {stage: self.plan(stage) for stage in ALL_STAGES}
         for stage, cells in planned.items():
-            if stage != "networks":
-                self.keep_plan(stage, cells)
+            self.keep_plan(stage, cells)
         return planning.by_unit([cell for cells in planned.values() for cell in cells])
 
     def table(self, stage: str, cells: list[Cell] | None = None) -> pd.DataFrame:
