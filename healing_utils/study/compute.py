@@ -84,7 +84,7 @@ def network(study: Any, cell: Cell) -> torch.nn.Module:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if file.metadata() != _checksum(tensors):
+            if file.metadata() != _checksum(cell, tensors):
                 raise ValueError("their checksum does not match")
         model.load_state_dict(tensors)
     except Exception as error:  # truncated: safetensors and torch each have their own errors
@@ -94,9 +94,9 @@ def network(study: Any, cell: Cell) -> torch.nn.Module:
     return model.to(study.device).eval()
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _checksum(cell: Cell, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """What stands beside kept weights, whose format would not notice a flipped bit."""
-    found = hashlib.sha256()
+    found = hashlib.sha256(cell.key.encode())
     for name, values in sorted(tensors.items()):
         found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         found.update(values.reshape(-1).view(torch.uint8).numpy())
@@ -191,7 +191,7 @@ def _train(study: Any, cell: Cell, model: torch.nn.Module, keep: bool = False) -
     scored = _score(study, cell, model)
     if keep or keeps_weights(study, cell):  # they may be deleted any time
         tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        whole = save(tensors, metadata=_checksum(tensors))
+        whole = save(tensors, metadata=_checksum(cell, tensors))
         write_atomically(study.store.weights_path(cell.key), whole)
     return scored | told | {
         "train_size": len(train), "train_tokens": done.tokens, "truncated": train.truncated,

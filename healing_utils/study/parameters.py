@@ -37,32 +37,33 @@ FILE = re.compile(r"\.[A-Za-z]\w*$")  # how the name of a data file ends
 
 
 class _Texts(yaml.BaseLoader):
-    """YAML of lists, mappings and text: what a number is, or a date, is not for it to say. Nothing
-    that unfolds without end, makes an object, or is there twice."""
+    """YAML of lists, mappings, null and text: what a number is, or a date, is not for it to say.
+    Nothing that unfolds without end, makes an object, or is there twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            raise yaml.MarkedYAMLError(
-                problem="has an alias or a tag", problem_mark=event.start_mark
-            )
+            raise yaml.YAMLError(f"has an alias or a tag in line {event.start_mark.line + 1}")
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> str | None:
+        return None if node.style is None and node.value in ("", "null", "~") else node.value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
         found = super().construct_mapping(node, deep)
         if len(found) < len(node.value):
-            raise yaml.MarkedYAMLError(problem="names a key twice", problem_mark=node.start_mark)
+            raise yaml.YAMLError(f"names a key twice from line {node.start_mark.line + 1} on")
         return found
 
 
 def read_yaml(text: str) -> Any:
-    """Lists, mappings and texts (``12`` and ``null`` too) of YAML. Raises HealingError."""
+    """The lists, mappings, nulls and texts (``12`` too) of YAML. Raises HealingError."""
     try:
         return yaml.load(text, _Texts)
-    except yaml.YAMLError as error:
-        raise HealingError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise HealingError("cannot be read as YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
+        why = "it is nested too deeply" if deep else " ".join(str(error).split())
+        raise HealingError(f"cannot be read as YAML: {why}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -93,11 +94,10 @@ def _listed(value: Any) -> Any:
 
 def _names(value: Any) -> Any:
     """As `_listed`, but that a comma may be part of a file's name."""
-    if not isinstance(value, str) or value.lstrip().startswith("["):
-        return [value] if isinstance(value, str) and _is_file(value) else _listed(value)
-    found = _listed(value)
-    lost = [name for name in found or () if FILE.search(name) and not _is_file(name)]
-    return [value] if lost or _is_file(value) else found
+    found = [value] if isinstance(value, str) and _is_file(value) else _listed(value)
+    split = isinstance(value, str) and not value.lstrip().startswith("[")
+    lost = split and any(FILE.search(name) and not _is_file(name) for name in found or ())
+    return [value] if lost else found
 
 
 def _is_file(name: str) -> bool:
@@ -146,10 +146,11 @@ def _kind(value: str) -> str:
     return _ask("healing.corruption", "spell_kind")(name, strength)
 
 
-def _level(value: Any) -> Any:
-    if isinstance(value, str) and not LEVEL.fullmatch(value.strip()):
+def _spelt_levels(value: Any) -> list[Any]:
+    found = _listed(value) or []
+    if any(isinstance(level, str) and not LEVEL.fullmatch(level) for level in found):
         raise HealingError("must be a fraction such as 0.5 or 1/6")
-    return _number(value)
+    return found
 
 
 def _levels(values: list[Any]) -> list[str]:
@@ -194,8 +195,7 @@ Points = Annotated[Positive, Field(le=10_000)]
 Names, NamesOrNull = _several(Text, by=_names), _several(Text, null=True, by=_names)
 Columns, Seeds = _several(Column, null=True), _several(Whole)
 LayerSet = Annotated[list[Whole], Before(_listed), Field(min_length=1), After(_once)]
-Level = Annotated[Any, Before(_level)]
-Levels = Annotated[list[Level], Before(lambda v: _listed(v) or []), _below(_levels)]
+Levels = Annotated[list[Any], Before(_spelt_levels), _below(_levels)]
 # A kind may have a strength: ``reinit``, ``noise=0.5``.
 Kind = Annotated[str, _below(_kind)]
 Part = _among("healing.encoders", "PARTS OUTER_PARTS", "part")
@@ -203,6 +203,8 @@ Side = _among("healing.encoders", "SIDES", "side")
 Start = Literal["pre-trained", "fine-tuned"]
 Recipe = _among("healing.recipes", "RECIPES", "recipe")
 Head = _among("healing.models", "HEADS", "head")
+Precision = _among("healing.training", "PRECISIONS", "precision")
+Aggregation = _among("probing.activations", "AGGREGATIONS", "aggregation")
 State = Literal["healed", "broken", "intact", "scratch"]
 
 
@@ -271,7 +273,7 @@ class Parameters(BaseModel, extra="forbid"):
     max_length: Annotated[Positive, Field(ge=4)] = 128  # tokens a text is cut to
     max_tokens: Annotated[Positive, Field(ge=16)] = 8192  # computed at once, padding included
     evaluations: Points = 12  # points on a learning curve after the first
-    precision: _among("healing.training", "PRECISIONS", "precision") = "auto"
+    precision: Precision = "auto"
     device: TextOrNull = None  # cpu or cuda, null for the best there is
     threads: Annotated[Positive, Field(le=1024)] = 1  # of a CPU; results repeat for the same number
     workers: Annotated[Positive, Field(le=256)] = 2  # processes that share the cells
@@ -280,9 +282,7 @@ class Parameters(BaseModel, extra="forbid"):
     column: Columns = ["pos"]  # its labels; of several corpora one each
     word_column: Whole = 0  # of the words, in a file of columns
     corpus_test: TextOrNull = None  # file of the test part, where it is another one
-    aggregation: _among("probing.activations", "AGGREGATIONS", "aggregation") = (
-        "last"  # subword that speaks for a word
-    )
+    aggregation: Aggregation = "last"  # subword that speaks for a word
     probe_train: PositiveOrNull = 200  # sentences, null for all
     probe_test: PositiveOrNull = 200
     probe_models: NamesOrNull = None  # null for the study's own

@@ -32,7 +32,6 @@ from healing_utils.base.errors import HealingError
 
 LOSSES = 3  # processes that a cell may lose before it is reported: it may be what kills them
 LOOK = 0.2  # seconds between two looks for what another run has claimed
-SPEAK = 1.0  # seconds between two notes on a cell's steps
 REACHED = 10.0  # seconds within which a cluster's address must answer
 # Pages of 2 MiB for what malloc hands out (glibc from 2.35 on; elsewhere it means nothing): a step
 # that passes over all weights then looks up fewer addresses. Only a new process can be told.
@@ -134,21 +133,19 @@ def compute(make: Callable[[], Any], cell: Any, *on_step: Callable[..., None]) -
 
 
 class InProcess:
-    """One cell after the other, here, with a note on its steps now and then."""
+    """One cell after the other, here, with a note on its steps."""
 
     lost = ()
 
     def __init__(self, study: Any, note: Note):
-        self.study, self.note, self.spoken = study, note, 0.0
+        self.study, self.note = study, note
 
     def room(self) -> int:
         return 1
 
     def submit(self, cell: Any) -> Future:
         def on_step(step: int, steps: int, loss: float) -> None:
-            if time.monotonic() - self.spoken > SPEAK:
-                self.spoken = time.monotonic()
-                self.note(f"{cell.name}: step {step}/{steps}, loss {loss:.3f}")
+            self.note(f"{cell.name}: step {step}/{steps}, loss {loss:.3f}")
 
         self.note(cell.name)
         future: Future = Future()
@@ -346,8 +343,10 @@ def _connect(ray: Any, address: str) -> None:
             socket.create_connection((host, int(port)), REACHED).close()
         ray.init(address, runtime_env=settings, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray's own, or the address is none
-        why = _first_line(error)
-        raise HealingError(f"cannot reach the Ray cluster at {address}: {why}") from error
+        what = (
+            "start a Ray cluster" if address == "local" else f"reach the Ray cluster at {address}"
+        )
+        raise HealingError(f"cannot {what}: {_first_line(error)}") from error
 
 
 if __name__ == "__main__":

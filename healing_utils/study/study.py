@@ -46,6 +46,8 @@ class Study:
     def __init__(self, parameters: Mapping[str, Any]):
         self.parameters = read_parameters(parameters)
         self.given = {name: self.parameters[name] for name in parameters}
+        if not self.parameters["scans"]:  # 04_linguistics has none of its own
+            self.given.pop("scans", None)
         self.run_folder = run_folder(self.parameters["run"])
         self.store = Store(self.run_folder)
         torch.set_num_threads(self.parameters["threads"])
@@ -100,7 +102,7 @@ class Study:
         the folder has records of a study with other parameters.
         """
         if {"levels", "layers", "scans"} & self.given.keys() and not has_records(self.run_folder):
-            for other in ("recovery", "scans", "networks"):  # what no model has is refused at once
+            for other in ("recovery", "scans"):  # what no model has is refused at once
                 self.plan(other)
         cells = self.plan(stage)
         if plan:
@@ -300,15 +302,13 @@ class Study:
     def sources(self) -> list[tuple[str, str | None]]:
         """(corpus, column) pairs: of one corpus every column, of several the one at its place."""
         corpora, columns = self.parameters["corpus"], self.parameters["column"] or [None]
-        if len(columns) == 1:
-            columns = columns * len(corpora)
-        if len(corpora) == 1:
-            corpora = corpora * len(columns)
-        if len(columns) != len(corpora):
+        sizes = len(corpora), len(columns)
+        if sizes[0] != sizes[1] and 1 not in sizes:
             raise HealingError(
-                f"corpus names {len(corpora)} corpora and column {len(columns)} columns: need one "
-                "column for each, one for all, or a single corpus"
+                f"corpus names {sizes[0]} corpora and column {sizes[1]} columns: need one column "
+                "for each, one for all, or a single corpus"
             )
+        corpora, columns = corpora * (max(sizes) // sizes[0]), columns * (max(sizes) // sizes[1])
         return list(zip(corpora, columns, strict=True))
 
     def whole_corpus(self, name: str, column: str | None) -> Corpus:

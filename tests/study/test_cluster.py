@@ -147,6 +147,28 @@ def test_a_driver_killed_and_started_again(cluster, tiny, alone):
     assert not list((study.run_folder / "claims").iterdir())
 
 
+ALONE = """
+import psutil, sys
+from types import SimpleNamespace
+from healing_utils.study import pool
+
+study = SimpleNamespace(store=None, parameters={"threads": 1, "device": "cpu"})
+pool.Ray(study, int)
+for process in psutil.Process().children(recursive=True):
+    for connection in process.net_connections("inet"):
+        if connection.status == "LISTEN":
+            print(connection.laddr.ip)
+"""
+
+
+def test_without_an_address_no_other_machine_can_reach_it():
+    usual = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
+    usual["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), usual.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", ALONE], env=usual, capture_output=True, text=True)
+    assert "127.0.0.1" in done.stdout, done.stderr
+    assert set(done.stdout.split()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
 def test_what_the_cluster_cannot_do_is_refused_with_one_line(cluster, tiny, monkeypatch):
     try:
         with pytest.raises(HealingError, match="no node of the Ray cluster has the 3 CPUs"):

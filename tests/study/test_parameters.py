@@ -86,14 +86,14 @@ def test_values_and_their_text_forms(name, given, value):
         # What YAML would take for something else.
         ("epochs", "1:30", "valid number"), ("seeds", "012", "without leading zeros"),
         ("batch_size", "1_6", "underscores"), ("learning_rate", "2026-01-01", "valid number"),
-        ("batch_size", "!!int x", "valid integer"), ("seeds", "[!!int 3]", "alias or a tag"),
-        ("epochs", "{a: 1, a: 2}", "names a key twice"), ("scans", "{a: &x {}, b: *x}", "an alias"),
+        ("batch_size", "!!int x", "valid integer"), ("seeds", "[!!int 3]", "or a tag in line 1"),
+        ("epochs", "{a: 1, a: 2}", "a key twice"), ("scans", "{a: &x {}, b: *x}", "alias"),
         ("task", "[x].csv", "as YAML"), ("levels", "1e999999999", "a fraction such as"),
         # Values without end.
         ("evaluations", 1e9, "less than or equal to 10000"), ("workers", 5000, "equal to 256"),
         ("seeds", 2**64, "less than 2147483648"), ("seeds", float("inf"), "finite number"),
         ("kind", "noise=inf", "not finite"), ("max_grad_norm", "inf", "less than or equal"),
-        ("levels", "-1/2", "above 0"), ("levels", [True], "must be a number"),
+        ("levels", "-1/2", "above 0"), ("levels", [True], "above 0 and at most 1"),
         ("label_column", True, "must be text"), ("task", "a\0b", "must be text"),
         ("sides", [], "at least 1 item"), ("kind", "[]", "at least 1 item"),
         ("layers", "[]", "at least 1 item"),

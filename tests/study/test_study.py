@@ -133,7 +133,7 @@ def test_a_folder_without_records_takes_new_parameters(tiny, tmp_path, monkeypat
     kept = tmp_path / "parameters.json"
     for bad, said in (
         ({"task": "sentimnet"}, "sentimnet"), ({"layers": [0, 99]}, "layer 99 does not exist"),
-        ({"scans": {"a": {"layers": [[0, 99]]}}}, "layer 99"), ({"probe_levels": "1/2"}, "not in"),
+        ({"scans": {"a": {"layers": [[0, 99]]}}}, "layer 99"),
     ):  # fmt: skip
         with pytest.raises(HealingError, match=said):
             tiny(run=tmp_path, **bad).run("baseline")
@@ -161,7 +161,7 @@ def test_a_folder_without_records_takes_new_parameters(tiny, tmp_path, monkeypat
     declared.keep_parameters()
     with pytest.raises(HealingError, match="other parameters"):
         Study({"run": str(tmp_path), "seeds": 1}).keep_parameters()
-    Study({"run": str(tmp_path), "workers": 3, "corpus": "x"}).keep_parameters()
+    Study({"run": str(tmp_path), "workers": 3, "corpus": "x", "scans": {}}).keep_parameters()
     assert json.loads(kept.read_text())["corpus"] == ["x"]
 
 
@@ -195,6 +195,21 @@ def test_a_failing_cell_is_reported_once_at_the_end_and_the_others_are_kept(
         study.table("scans")
     assert bad.name in str(caught.value)
     assert len(study.run("scans")) == 3  # only the failed one was left
+
+
+def test_a_folder_moved_away_while_it_is_computed_stops_the_run(tiny, tmp_path, monkeypatch):
+    study, healed = tiny(run=tmp_path / "run"), compute.COMPUTE["healed"]
+
+    def moves(study, cell):
+        result = healed(study, cell)
+        if study.run_folder.exists():
+            study.run_folder.rename(tmp_path / "moved")
+        return result
+
+    monkeypatch.setitem(compute.COMPUTE, "healed", moves)
+    with pytest.raises(HealingError, match="the run's folder is gone; was it moved?"):
+        study.run("recovery")
+    assert not study.run_folder.exists() and (tmp_path / "moved").exists()
 
 
 def test_what_stops_a_run_gives_its_claims_back(tiny, monkeypatch):
