@@ -182,7 +182,10 @@ class Study:
         there = read_json(path)
         if path.exists() and not there:
             set_aside(path, "it holds no parameters")
-        if there != (now := there | self.given):
+        now = there | self.given
+        if isinstance(there.get("scans"), dict) and "scans" in now:
+            now["scans"] = there["scans"] | now["scans"]
+        if there != now:
             write_atomically(path, json.dumps(now, indent=2) + "\n")
 
     def keep_plans(self) -> list[Cell]:

@@ -105,11 +105,9 @@ def test_weights_of_every_family_are_counted():
 
 def test_without_an_estimate_there_is_nothing_to_compare(known, tmp_path):
     cell, path = known[0]["cell"][0], tmp_path / estimate.ESTIMATE
-    texts = [
-        '{"KEY": %s}' % value for value in ('"1"', '["baseline", 1.0]', "NaN", "-1.0", "1e999")
-    ]
-    for damaged in ("{", "[]", "null", "[" * 10**5, *texts, None):
-        path.unlink() if damaged is None else path.write_text(damaged.replace("KEY", cell.key))
+    values = [f'{{"{cell.key}": {value}}}' for value in ('"1"', "[1.0]", "NaN", "-1.0", "1e999")]
+    for damaged in ("{", "[]", "null", "[" * 10**5, *values, None):
+        path.unlink() if damaged is None else path.write_text(damaged)
         assert estimate.compare(SimpleNamespace(run_folder=tmp_path), [cell]) == ""
 
 

@@ -133,7 +133,11 @@ def test_a_stopped_run_leaves_no_kernel_behind(tmp_path, number, code):
     )
     command = [sys.executable, "-c", script, str(HERE), str(out)]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=dict(os.environ)
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"HEALING_PROGRESS": "terminal"},
     )
     pid_file, deadline = out / "kernel.pid", time.monotonic() + 120
     while not (pid_file.exists() and pid_file.read_text()):
@@ -195,6 +199,7 @@ def test_a_notebook_is_executed_again_when_what_it_stands_on_has_changed(
     ):
         change()
         assert executed() == again and executed() == []
+    Store(out).write("recovery", "new", {})
     (out / "tables" / "claims.csv").write_text("edited")  # and by itself
     assert sequence.report(out) == str(out / "index.html") and seen.pop() == "02_fails"
     assert sequence.report(out) and seen == []
