@@ -12,7 +12,6 @@ from healing_utils.base.progress import duration
 from healing_utils.base.records import STALE, read_json
 from healing_utils.study.cells import ALL_STAGES
 
-HOLDS = ("parameters.json", "plans", "records")  # one of these makes a folder a run's
 PLACE = re.compile(r"[\w-]{1,64}/[\w-]{1,64}")  # of a record: none leads out of the folder
 
 
@@ -22,8 +21,8 @@ def find_run(name: str | None = None) -> Path:
     if name is not None and run_folder(name).is_dir():
         return run_folder(name)
     where = run_folder("data/runs")
-    found = [path for path in where.glob("*/*") if path.name in HOLDS]
-    runs = {path.parent.name: path.parent for path in found}
+    marks = ("parameters.json", "plans", "records")  # one of these makes a folder a run's
+    runs = {path.parent.name: path.parent for mark in marks for path in where.glob(f"*/{mark}")}
     if not runs:
         raise HealingError(f"no runs in {where}; start one with: healing run quick")
     if name is not None:
