@@ -102,7 +102,8 @@ def _book(path: Path, run: Path) -> dict[str, Any]:
         book["state"] = "bad" if errors else "good" if ran == len(code) else "half"
         stopped = f", then it stopped with {errors[0]}" if errors else ""
         book["status"] = f"{ran} of {len(code)} code cells ran{stopped}"
-        book["seconds"] = f"{notebook.metadata.get('papermill', {}).get('duration') or 0:.0f} s"
+        seconds = notebook.metadata.get("papermill", {}).get("duration")
+        book["seconds"] = f"{seconds:.0f} s" if seconds else ""
         text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
         book["title"] = (re.findall(r"^# (.+)", text, re.MULTILINE) or [path.stem])[0]
         write_atomically(path.with_suffix(".html"), _render(notebook, run, book))
