@@ -29,6 +29,7 @@ ONE, EACH = "one for all", "by task"
 NULL = ("", "null", "none", "~")
 FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 FREE = ("run", "device", "workers")  # parameters that make no other study of one
+DEEPEST = 20  # lists in lists; a scan by task has five
 LEVEL = re.compile(r"[-+]?(\d{1,9}/\d{1,9}|\d{0,9}\.?\d{0,20})")
 FILE = re.compile(r"\.[A-Za-z]\w*$")  # how the name of a data file ends
 
@@ -40,11 +41,17 @@ class _Texts(yaml.BaseLoader):
     """YAML of lists, mappings, null and text: what a number is, or a date, is not for it to say.
     Nothing that unfolds without end, makes an object, or is there twice."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event, self.depth = self.peek_event(), self.depth + 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError("it is nested too deeply")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
             raise yaml.YAMLError(f"has an alias or a tag in line {event.start_mark.line + 1}")
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_scalar(self, node: Any) -> str | None:
         return None if node.style is None and node.value in ("", "null", "~") else node.value
@@ -60,10 +67,8 @@ def read_yaml(text: str) -> Any:
     """The lists, mappings, nulls and texts (``12`` too) of YAML. Raises HealingError."""
     try:
         return yaml.load(text, _Texts)
-    except (yaml.YAMLError, RecursionError) as error:
-        deep = isinstance(error, RecursionError)
-        why = "it is nested too deeply" if deep else " ".join(str(error).split())
-        raise HealingError(f"cannot be read as YAML: {why}") from None
+    except yaml.YAMLError as error:
+        raise HealingError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -95,7 +100,7 @@ def _listed(value: Any) -> Any:
 def _names(value: Any) -> Any:
     """As `_listed`, but that a comma may be part of a file's name."""
     found = [value] if isinstance(value, str) and _is_file(value) else _listed(value)
-    split = isinstance(value, str) and not value.lstrip().startswith("[")
+    split = isinstance(value, str) and value.lstrip()[:1] not in ("[", "{")
     lost = split and any(FILE.search(name) and not _is_file(name) for name in found or ())
     return [value] if lost else found
 
@@ -305,7 +310,7 @@ def read_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
         for below in (False, True):
             found = Parameters.model_validate(dict(given), context=below)
     except ValidationError as error:
-        raise HealingError(_told(error.errors()[0], given)) from None
+        raise HealingError(_told(error.errors()[0], given)[:1000]) from None
     scans = {name: scan.model_dump(exclude_unset=True) for name, scan in found.scans.items()}
     return found.model_dump() | {"scans": scans}
 
@@ -338,12 +343,14 @@ def _shown(value: object) -> str:
 
 def _told(error: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """What pydantic found, in one line."""
+    if not error["loc"]:
+        return f"the names of parameters: {error['msg']}"
     name, *rest = [part for part in error["loc"] if part not in (ONE, EACH)]
     rest = [part for part in rest if isinstance(part, str)]  # a place in a list says nothing
     if error["type"] == "extra_forbidden":
         what, known = "parameter", Parameters.model_fields
         if rest:
-            what, known, name = f"field of scan {rest[0]!r}", Scan.model_fields, rest[-1]
+            what, known, name = f"field of scan {_shown(rest[0])}", Scan.model_fields, rest[-1]
         guess = nearest(name, known)
         hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}"
         return f"unknown {what} {_shown(name)}; {hint}"

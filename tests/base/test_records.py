@@ -160,34 +160,6 @@ def test_one_of_two_stores_gets_the_claim_and_gives_it_back(store):
     assert leftovers(store.run) == []
 
 
-RACER = """
-store = STORE
-print("ready", flush=True)
-while not (store.run / "go").exists():
-    time.sleep(0.001)
-for i in range(30):
-    with store.claim(f"k{i}") as mine:
-        if mine:
-            alone = store.run / f"alone-{i}"
-            alone.touch(exist_ok=False)  # fails where another is in the block
-            time.sleep(0.02)
-            alone.unlink()
-            (store.run / f"done-{i}").touch()
-        else:
-            print("refused", flush=True)
-"""
-
-
-def test_claims_are_exclusive_between_processes(store):
-    racers = [child(RACER, store) for _ in range(3)]
-    (store.run / "go").touch()
-    said = [racer.communicate(timeout=60)[0] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0, 0]
-    assert "refused" in "".join(said), "they never met: the test saw nothing"
-    assert len(list(store.run.glob("done-*"))) == 30
-    assert not list((store.run / "claims").iterdir())
-
-
 def test_a_killed_owners_claim_is_taken_over_at_once(store):
     code = "with STORE.claim('k'):\n    print('ready', flush=True)\n    time.sleep(60)\n"
     process = child(code, store)

@@ -238,6 +238,7 @@ def test_scans_of_other_tasks_are_left_out_and_said(tiny):
     study = tiny(scans={"layers": {"task": "sentiment", "layers": "each"}})
     assert study.plan("scans") == study.plan("harms") == []
     assert "scan layers is left out: its tasks (sentiment)" in study.describe()
+    assert study.describe().startswith(f"run {study.run_folder}\n")  # absolute
     assert study.run("scans").empty
 
 

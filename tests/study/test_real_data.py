@@ -31,22 +31,15 @@ def stored():
         yield
 
 
-def test_sst2_has_the_published_sizes_and_classes():
+def test_sst2_has_the_published_sizes_and_the_real_model_learns_something_of_it():
     sst2 = tasks.load_task(DATA)
     # Wang et al. 2019, table 1: 67k training phrases, 872 for development.
     assert (len(sst2.pool), len(sst2.test)) == (67349, 872)
     assert sst2.classes == ("negative", "positive") and sst2.metric == "f1"
-    assert set(sst2.pool.labels) == set(sst2.test.labels) == {0, 1}
-    assert sum(sst2.test.labels) == 444
+    assert set(sst2.pool.labels) == {0, 1} and sum(sst2.test.labels) == 444
     assert tasks.load_task("sst2").test == sst2.test
-    train, validation = sst2.draw(0, 4000, 200)
-    assert (len(train), len(validation)) == (4000, 200)
-
-
-def test_a_few_steps_of_the_real_model_learn_something():
-    tokenizer = models.load_tokenizer(MODEL)
-    train, _ = tasks.load_task(DATA).draw(0, 256, 0)
-    examples = training.encode(tokenizer, train.texts, train.labels)
+    train, _ = sst2.draw(0, 256, 0)
+    examples = training.encode(models.load_tokenizer(MODEL), train.texts, train.labels)
     model = models.load_classifier(MODEL, 2, seed=0)
     assert model.config.num_hidden_layers == 6
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -56,6 +49,5 @@ def test_a_few_steps_of_the_real_model_learn_something():
     )
     assert done.steps == 8
     assert training.evaluate(model, examples, device="cpu")["loss"] < before - 0.02
-    assert model.get_input_embeddings().weight.shape[0] == 30522
     report = corrupt(model, side="bottom", level="1/6")
     assert {tensor.layer for tensor in report.tensors} == {0}
