@@ -53,6 +53,10 @@ def parser() -> Parser:
 
 def answer(command: str, given: dict) -> str:
     """Do what is asked for; what is to be printed. What a command does not need is not imported."""
+    if "parameters" in given:  # what is wrong with them is told at once: torch takes seconds
+        from healing_utils.run import profiles
+
+        profiles.settle(given["profile"], given["out"], given["parameters"])
     if command == "run":
         choose(given["executor"], ("workers", "in-process", "ray"), "executor")
         if given["address"] is not None and given["executor"] != "ray":

@@ -28,8 +28,6 @@ GROUPS = {
     "Healing": "recovery|scores|learning|price|league",
     "Knowledge": "layers|states|neurons|accuracy|knowledge|healed|ablation",
 }  # fmt: skip
-TEMPLATES = str(Path(__file__).parent / "templates")
-MANY = 6  # columns; more do not fit a tablet
 # What an image may come from: itself, or a file of the run.
 IMAGE = re.compile(r"data:image/[a-z+]+;base64,[\w+/=\s]*|(?!/)[\w.%~/-]+", re.ASCII)
 STYLES = """background-color border-radius color font-size font-weight height line-height margin
@@ -52,8 +50,9 @@ CLEANER = nh3.Cleaner(
     attribute_filter=_allowed, filter_style_properties=set(STYLES.split()), link_rel=None,
 )  # fmt: skip
 EXPORTER = HTMLExporter(
-    template_name="healing", extra_template_basedirs=[TEMPLATES], sanitize_html=True,
-    filters={"clean_html": CLEANER.clean},  # cell by cell, so that none swallows another
+    template_name="healing", extra_template_basedirs=[str(Path(__file__).parent / "templates")],
+    # Cell by cell, so that none swallows another.
+    sanitize_html=True, filters={"clean_html": CLEANER.clean},
 )  # fmt: skip
 
 
@@ -103,7 +102,8 @@ def _book(path: Path, run: Path) -> dict[str, Any]:
         book["state"] = "bad" if errors else "good" if ran == len(code) else "half"
         stopped = f", then it stopped with {errors[0]}" if errors else ""
         book["status"] = f"{ran} of {len(code)} code cells ran{stopped}"
-        book["seconds"] = f"{notebook.metadata.get('papermill', {}).get('duration') or 0:.0f} s"
+        seconds = notebook.metadata.get("papermill", {}).get("duration")
+        book["seconds"] = f"{seconds:.0f} s" if seconds else ""
         text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
         book["title"] = (re.findall(r"^# (.+)", text, re.MULTILINE) or [path.stem])[0]
         write_atomically(path.with_suffix(".html"), _render(notebook, run, book))
@@ -139,19 +139,15 @@ def _figures(folder: Path, notebook: nbformat.NotebookNode) -> list[dict[str, An
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     body = "".join(str(output.get("data", {}).get("text/html", "")) for output in outputs)
     captions, figures = read_json(folder / "captions.json"), []
-    there = {path.stem: path.with_suffix(".svg").exists() for path in folder.glob("*.png")}
-    for name in dict.fromkeys([*captions, *sorted(there)]):
-        if name in there:
-            match captions.get(name):
-                case {"caption": str(caption), "alt": str(alt)}:
-                    pass
-                case _:
-                    caption = alt = ""
-            group = [group for group, names in GROUPS.items() if re.match(names, name)]
-            figures.append({
-                "name": name, "alt": alt, "caption": caption, "svg": there[name],
-                "group": (group or ["Others"])[0], "shown": f'alt="{html.escape(alt)}"' in body,
-            })  # fmt: skip
+    there = sorted(path.stem for path in folder.glob("*.png"))
+    for name in dict.fromkeys([*filter(there.__contains__, captions), *there]):
+        said = captions[name] if isinstance(captions.get(name), dict) else {}
+        alt, caption = (str(said.get(words, "")) for words in ("alt", "caption"))
+        groups = [group for group, names in GROUPS.items() if re.match(names, name)]
+        figures.append({
+            "name": name, "alt": alt, "caption": caption, "group": (groups or ["Others"])[0],
+            "svg": (folder / f"{name}.svg").exists(), "shown": f'alt="{html.escape(alt)}"' in body,
+        })  # fmt: skip
     return figures
 
 
@@ -169,7 +165,8 @@ def _render(notebook: nbformat.NotebookNode, run: Path, page: dict[str, Any]) ->
         tag["id"] = unquote(tag["id"])
     for table in soup("table"):
         names = [cell.get_text() for cell in table.thead("th")] if table.thead else []
-        table["class"] = "rows many" if len(names) > MANY else "rows" if names else "plain"
+        # More than six columns do not fit a tablet.
+        table["class"] = "rows many" if len(names) > 6 else "rows" if names else "plain"
         for row in table("tr"):
             for name, cell in zip(names, row("td"), strict=False):
                 cell["data-label"] = name

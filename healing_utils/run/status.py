@@ -12,7 +12,6 @@ from healing_utils.base.progress import duration
 from healing_utils.base.records import STALE, read_json
 from healing_utils.study.cells import ALL_STAGES
 
-HOLDS = ("parameters.json", "plans", "records")  # one of these makes a folder a run's
 PLACE = re.compile(r"[\w-]{1,64}/[\w-]{1,64}")  # of a record: none leads out of the folder
 
 
@@ -22,8 +21,8 @@ def find_run(name: str | None = None) -> Path:
     if name is not None and run_folder(name).is_dir():
         return run_folder(name)
     where = run_folder("data/runs")
-    found = [path for path in where.glob("*/*") if path.name in HOLDS]
-    runs = {path.parent.name: path.parent for path in found}
+    marks = ("parameters.json", "plans", "records")  # one of these makes a folder a run's
+    runs = {path.parent.name: path.parent for mark in marks for path in where.glob(f"*/{mark}")}
     if not runs:
         raise HealingError(f"no runs in {where}; start one with: healing run quick")
     if name is not None:
@@ -52,7 +51,7 @@ def progress(run: Path) -> Iterator[tuple[str, list[dict], list[dict]]]:
 
 
 def _place(cell: dict) -> str:
-    return f"{cell['stage']}/{cell.get('key')}"
+    return f"{cell['stage']}/{cell.get('key', '')}"
 
 
 def _claim(path: Path) -> str:
@@ -72,7 +71,7 @@ def _claim(path: Path) -> str:
 def describe(run: Path) -> str:
     """The state of a run as text: stages, running and missing cells, notebooks."""
     lines, stages = [f"Run {run.absolute()}"], list(progress(run))
-    for stage, cells, missing in stages:
+    for stage, cells, missing in (stage for stage in stages if stage[1]):
         lines.append(f"  {stage:12} {len(cells) - len(missing)} of {len(cells)} cells done")
         claims = [(c["name"], _claim(run / "claims" / f"{c['key']}.json")) for c in missing]
         lines += [f"    running  {name} {claim}" for name, claim in claims if claim]

@@ -324,7 +324,10 @@ def refuse_another(folder: Path, given: Mapping[str, Any]) -> None:
     those that are `given`."""
     there = read_json(folder / "parameters.json") if has_records(folder) else {}
     for name, value in given.items():
-        if name not in FREE and there.get(name, value) != value:
+        known = there.get(name, value)
+        if name == "scans" and isinstance(known, dict):  # a notebook declares those that it is for
+            known = {scan: known.get(scan, fields) for scan, fields in value.items()}
+        if name not in FREE and known != value:
             raise HealingError(
                 f"{folder} holds a run with other parameters ({name} {_shown(there[name])} there, "
                 f"{_shown(value)} now); choose another folder"

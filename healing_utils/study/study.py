@@ -186,7 +186,10 @@ class Study:
         there = read_json(path)
         if path.exists() and not there:
             set_aside(path, "it holds no parameters")
-        if there != (now := there | self.given):
+        now = there | self.given
+        if isinstance(there.get("scans"), dict) and "scans" in now:
+            now["scans"] = there["scans"] | now["scans"]
+        if there != now:
             write_atomically(path, json.dumps(now, indent=2) + "\n")
 
     def keep_plans(self) -> list[Cell]:
@@ -194,8 +197,7 @@ class Study:
         task and seed after the other."""
         planned = {stage: self.plan(stage) for stage in ALL_STAGES}
         for stage, cells in planned.items():
-            if stage != "networks":
-                self.keep_plan(stage, cells)
+            self.keep_plan(stage, cells)
         return planning.by_unit([cell for cells in planned.values() for cell in cells])
 
     def table(self, stage: str, cells: list[Cell] | None = None) -> pd.DataFrame:

@@ -10,8 +10,10 @@ import nbformat
 import papermill
 import pytest
 
+from healing_utils.base.records import Store
 from healing_utils.run import profiles
-from healing_utils.study.parameters import Parameters, read_parameters
+from healing_utils.study.parameters import Parameters, notebook_parameters, read_parameters
+from healing_utils.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -68,6 +70,16 @@ def test_papermill_sees_what_python_sees_and_a_notebook_by_itself_is_the_quick_r
     elif path.stem == "04_linguistics":  # which looks into those that say so
         quick["scans"] = {n: scan for n, scan in quick["scans"].items() if scan.get("probed")}
     assert read_parameters(declared) == read_parameters(quick)
+
+
+def test_notebooks_by_themselves_are_one_study_in_any_order(tmp_path):
+    Store(tmp_path).write("baseline", "k", {})
+    for path in [*COMMITTED, *COMMITTED[::-1]]:
+        namespace = {}
+        exec(nbformat.read(path, as_version=4).cells[2].source, {}, namespace)
+        Study({**notebook_parameters(namespace), "run": str(tmp_path)}).keep_parameters()
+    kept, quick = (tmp_path / "parameters.json").read_text(), profiles.read_profile("quick")
+    assert {**read_parameters(json.loads(kept)), "run": quick["run"]} == read_parameters(quick)
 
 
 def test_every_parameter_of_a_profile_is_known_and_reaches_a_notebook():

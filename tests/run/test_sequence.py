@@ -28,10 +28,11 @@ class NoCells:
 
     asked: list[tuple] = []
     close = compute = lambda self, *asked: self.asked.append(asked)
-    keep_plans = lambda self: []  # noqa: E731
+    keep_plans = lambda self: Study.keep_parameters(self) or []  # noqa: E731
 
     def __init__(self, parameters):
-        self.run_folder = Path(parameters["run"])
+        self.given, self.run_folder = parameters, Path(parameters["run"])
+        self.store = Store(self.run_folder)
 
 
 def stand_ins(folder: Path, patch: pytest.MonkeyPatch, *notebooks: str) -> None:
@@ -63,10 +64,11 @@ def test_notebooks_run_in_order_a_failure_is_told_and_the_same_call_goes_on(
     with pytest.raises(HealingError) as caught:
         sequence.run("small", out, executor="in-process")
     assert NoCells.asked[:2] == [([], "all stages", "in-process", None), ()]
-    first, cause, *_ = str(caught.value).splitlines()
+    said = str(caught.value)
     # the fixture's five cells and the one that papermill adds
-    assert first.startswith('02_fails stopped at cell 5: if not Path(run, "mended").exists():')
-    assert cause.strip() == "ValueError: planted: no such thing as 7"
+    assert said.startswith('02_fails stopped at cell 5: if not Path(run, "mended").exists():')
+    assert ": ValueError: planted: no such thing as 7 (as far as it came: " in said
+    assert "finished cells are kept" in said and "\n" not in said
     assert names(out) == ["01_good.ipynb", "02_fails.failed.ipynb"]
     assert (out / "before.txt").exists() and not (out / "after.txt").exists()
     assert "notebook failed" in status.describe(out)
@@ -129,13 +131,26 @@ def test_a_stopped_run_leaves_no_kernel_behind(tmp_path, number, code):
         "from healing_utils.cli import main\n"
         "sys.exit(main(['run', 'small', '--out', sys.argv[2]]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(HERE), str(out)])
+    command = [sys.executable, "-c", script, str(HERE), str(out)]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"HEALING_PROGRESS": "terminal"},
+    )
     pid_file, deadline = out / "kernel.pid", time.monotonic() + 120
     while not (pid_file.exists() and pid_file.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # Ctrl-C reaches the kernel too, which is not to answer
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     assert process.wait(30) == code
+    stopped = "\nStopped. Everything finished is kept; the same command goes on.\n"
+    lines = process.stderr.read().partition("[1/1] 03_dies\n")[2]
+    assert lines == (stopped if number == signal.SIGINT else "")
     deadline = time.monotonic() + 30
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         while " Z " not in Path(f"/proc/{pid_file.read_text()}/stat").read_text():
@@ -155,7 +170,7 @@ def test_a_notebook_is_executed_again_when_what_it_stands_on_has_changed(
         seen.append(path.stem)
         shutil.copy(path, executed)
         (out / "tables").mkdir(exist_ok=True)
-        (out / "tables" / f"{path.stem}.csv").touch()
+        (out / "tables" / "claims.csv").write_text("as it was drawn")
 
     def executed(**options):
         seen.clear()
@@ -163,6 +178,7 @@ def test_a_notebook_is_executed_again_when_what_it_stands_on_has_changed(
         return list(seen)
 
     monkeypatch.setattr(sequence.papermill, "execute_notebook", execute_notebook)
+    monkeypatch.setattr(sequence, "ANALYSIS", ("02_fails",))  # which draws
     assert executed() == BOTH and executed() == [] and executed(again=True) == BOTH
     book = json.loads(source.read_text())
     book["cells"][-1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "new"}]
@@ -174,13 +190,19 @@ def test_a_notebook_is_executed_again_when_what_it_stands_on_has_changed(
         (lambda: source.write_text(json.dumps(book)), ["01_good"]),
         (lambda: (out / "notebooks" / "02_fails.ipynb").write_text('{"cells": '), ["02_fails"]),
         (lambda: (out / "notebooks" / "01_good.ipynb").unlink(), ["01_good"]),
-        (lambda: (out / "tables" / "02_fails.csv").unlink(), BOTH),
+        (lambda: (out / "notebooks" / "01_good.ipynb").write_text('{"metadata": 5}'), ["01_good"]),
+        (lambda: (out / "tables" / "claims.csv").unlink(), ["02_fails"]),
+        (lambda: (out / "tables" / "claims.csv").write_text("edited"), ["02_fails"]),
         (lambda: Store(out).write("recovery", "new", {}), BOTH),
         (record.unlink, BOTH),
         (lambda: monkeypatch.setattr(sequence, "digest", lambda parts: parts[2][0]), BOTH),  # code
     ):
         change()
         assert executed() == again and executed() == []
+    Store(out).write("recovery", "new", {})
+    (out / "tables" / "claims.csv").write_text("edited")  # and by itself
+    assert sequence.report(out) == str(out / "index.html") and seen.pop() == "02_fails"
+    assert sequence.report(out) and seen == []
     with pytest.raises(HealingError, match=r"\(seeds \[5\] there, \[6\] now\); choose another"):
         executed(parameters={"seeds": 6})
     monkeypatch.setattr(NoCells, "compute", lambda *_: 1 / 0)
