@@ -92,35 +92,36 @@ def units(
     ``task seed key`` and, where the effect is the sum of weight x score, ``weight``."""
     frame = effects.rename("effect").rename_axis(["task", "seed"]).reset_index()
     frame = frame.assign(**names, sure=frame["effect"], cells=[{}] * len(frame))
-    if cells is not None and len(frame):
-        weights = cells.assign(weight=cells.get("weight", math.nan))
-        sums = weights.groupby(["task", "seed", "key"])["weight"].sum(min_count=1)
-        of = {at: own.droplevel([0, 1]).to_dict() for at, own in sums.groupby(level=[0, 1])}
-        frame["cells"] = [of.get(at, {}) for at in zip(frame.task, frame.seed, strict=True)]
+    if cells is not None:
+        made: dict[tuple, dict[str, float]] = {}
+        weights = cells["weight"] if "weight" in cells else [math.nan] * len(cells)
+        for task, seed, key, weight in zip(cells.task, cells.seed, cells.key, weights, strict=True):
+            own = made.setdefault((task, seed), {})
+            own[key] = own.get(key, 0.0) + weight
+        frame["cells"] = [made.get(at, {}) for at in zip(frame.task, frame.seed, strict=True)]
     return frame[UNIT]
 
 
 def apart(rows: pd.DataFrame, other: str, weight: float | pd.Series = 1.0) -> pd.DataFrame:
     """Cells, and against them those whose ``score_OTHER`` and ``key_OTHER`` stand beside them, as
     `contrast` takes them: score - score of the other, times `weight`."""
-    rows = rows.assign(sure=rows["sure"] if "sure" in rows else rows["score"])
-    theirs = {"key": rows[f"key_{other}"], "score": rows[f"score_{other}"], "weight": -weight}
-    return pd.concat([rows.assign(weight=weight), rows.assign(**theirs, sure=theirs["score"])])
+    rows = rows.assign(weight=weight, sure=rows["sure"] if "sure" in rows else rows["score"])
+    names = ["task", "seed", "key", "score", "sure", "weight"]
+    theirs = rows[["task", "seed", f"key_{other}", *[f"score_{other}"] * 2]].set_axis(
+        names[:-1], axis=1
+    )
+    return pd.concat([rows[names], theirs.assign(weight=-rows["weight"])])
 
 
 def contrast(names: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
     """Units whose effect is the sum of weight x score over rows ``task seed key score weight``. A
     unit that lacks one of the rows has none; beside the main grid it is left out, as scans have
     their own seeds. A score ``sure`` is what a claim of a lack of recovery may count on."""
-    most = rows.groupby(["task", "seed"]).size().max()
-
-    def total(name: str) -> pd.Series:
-        each = (rows["weight"] * rows[name]).groupby([rows["task"], rows["seed"]])
-        return each.sum(min_count=most)
-
-    frame = units(names, total("score"), rows)
-    if "sure" in rows:
-        frame["sure"] = total("sure").to_numpy()
+    sure = rows["weight"] * rows["sure" if "sure" in rows else "score"]
+    each = rows[["task", "seed"]].assign(effect=rows["weight"] * rows["score"], sure=sure)
+    each = each.groupby(["task", "seed"])
+    total = each.sum(min_count=each.size().max())
+    frame = units(names, total["effect"], rows).assign(sure=total["sure"].to_numpy())
     return frame if names["main"] else frame.dropna(subset="effect")
 
 

@@ -65,17 +65,19 @@ def rise(tables: Tables) -> Iterator[pd.DataFrame]:
     """Least-squares slope of the loss on the level, times the range of levels below 1; the mean of
     the sides. (Level 1 contains the bottom: it would tell which layers were hit.)"""
     for names, part in tables.healed(by_level=False):
-        slopes = []
+        slopes = {}
         for side in _sides(part):
             own = part[part["side"] == side]
             levels = own["level"].unique()
             if len(levels) > 1:
                 weight = (own["level"] - levels.mean()) * np.ptp(levels)
-                slopes.append(apart(own, "intact", -weight / ((levels - levels.mean()) ** 2).sum()))
+                weight /= ((levels - levels.mean()) ** 2).sum()
+                slopes[side] = apart(own, "intact", -weight)
         if len(slopes) == 2:
-            yield contrast(names, pd.concat(slopes).assign(weight=lambda rows: rows["weight"] / 2))
-        for slope in slopes:
-            where = {"variant": f"{names['variant']}, {slope['side'].iloc[0]}", "main": False}
+            both = pd.concat(slopes.values())
+            yield contrast(names, both.assign(weight=both["weight"] / 2))
+        for side, slope in slopes.items():
+            where = {"variant": f"{names['variant']}, {side}", "main": False}
             yield contrast(names | where, slope)
 
 

@@ -186,11 +186,6 @@ def learning_curves(frame: pd.DataFrame):
 # --- on their way out ------------------------------------------------------------------------
 
 
-def alt_text(figure: Figure) -> str:
-    """What the figure shows, for a reader who cannot see it."""
-    return getattr(figure, "alt", "") or getattr(figure, "caption", "") or "A figure."
-
-
 def save(figure: Figure, folder: str | Path, name: str) -> Path:
     """Write ``NAME.png`` (200 dpi) and ``NAME.svg``, and note caption and alternative text.
 
@@ -200,7 +195,7 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
     """
     folder = Path(folder)
     name = file_name(name)  # a task's may be in it, which may be a path
-    texts = {"caption": getattr(figure, "caption", ""), "alt": alt_text(figure)}
+    texts = {"caption": figure.caption, "alt": figure.alt}
     for suffix, undated in (("svg", "Date"), ("png", "Software")):
         said = {"Title": texts["caption"], "Description": texts["alt"], undated: None}
         write_atomically(folder / f"{name}.{suffix}", _drawn(figure, suffix, 200, metadata=said))
@@ -222,7 +217,7 @@ def show(figure: Figure) -> None:
     from IPython.display import display
     from PIL import Image
 
-    alt, caption = html.escape(alt_text(figure)), html.escape(getattr(figure, "caption", ""))
+    alt, caption = html.escape(figure.alt), html.escape(figure.caption)
     width = round(110 * figure.get_figwidth())
     for dpi in (160, 130, 105, 85, 70):
         # Few colours are used: an indexed image is a third of the size and looks the same.
@@ -239,7 +234,7 @@ def show(figure: Figure) -> None:
         )
         if len(text) <= 120_000:
             break
-    display({"text/html": text, "text/plain": f"Figure: {alt_text(figure)}"}, raw=True)
+    display({"text/html": text, "text/plain": f"Figure: {figure.alt}"}, raw=True)
 
 
 def _drawn(figure: Figure, suffix: str, dpi: int, **options) -> bytes:

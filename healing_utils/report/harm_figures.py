@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.transforms import offset_copy
 
 from healing_utils.analysis.claims import MARGIN
 from healing_utils.analysis.effects import groups
@@ -150,10 +151,8 @@ def healing_over_time(curves: pd.DataFrame):
     whole = curves["part"].isin(["all", "none"]) & (curves["start"] == "pre-trained")
     hit = curves["side"].isin(["bottom", "top"]) & (curves["kind"] == "reinit")
     hit &= curves["recipe"].isin(["full", "drop"])
-    table, kept = (
-        curves[whole & curves["score"].notna() & (hit | (curves["state"] == "intact"))],
-        [],
-    )
+    table = curves[whole & curves["score"].notna() & (hit | (curves["state"] == "intact"))]
+    kept = []
     for _, own in groups(table, ["model", "task"]):
         trainings = [part for _, part in own.groupby(BUDGET) if part["state"].nunique() == 2]
         if trainings:
@@ -218,9 +217,10 @@ def needed_figure(table: pd.DataFrame):
     for axis, rows in drawn:
         for row in rows[rows["to"].isna() & rows["from"].notna()].itertuples():
             axis.hlines(row.at, rows["from"][row.Index], row.largest, color=row.color, ls=DOTS)
+        beyond = offset_copy(axis.transData, figure, x=8, units="points")
         for row in rows[~rows["filled"]].itertuples():
-            beyond = {"textcoords": "offset points", "va": "center", "color": row.color}
-            axis.annotate("\N{RIGHTWARDS ARROW}", (row.needs, row.at), (4, 0), **beyond)
+            look = {"marker": r"$\rightarrow$", "color": row.color, "transform": beyond}
+            axis.plot([row.needs], [row.at], ls="", **look)
     for share, marker in zip(SHARES, "osD", strict=True):
         plots.key(figure, f"{share:.0%}".replace("%", " %"), marker=marker, ls="")
     said = table.groupby(["panel", "where"], sort=False)["needed"].agg(", ".join)

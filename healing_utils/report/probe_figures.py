@@ -26,9 +26,9 @@ STATES = [*BEFORE, "intact", "broken", "healed"]
 NETWORK = ["model", "task", "state", "seed", "place"]
 POINT = ["model", "place", "seed", "layer"]  # what probes of several networks are compared at
 RANKS = {
-    "top": ("strongest", {"color": "#009E73", "marker": "o"}),
+    "top": ("strongest", {"color": COLORS["intact"], "marker": "o"}),
     "random": ("random", {"color": COLORS["scratch"], "marker": "s", "ls": DASH}),
-    "bottom": ("weakest", {"color": "#E69F00", "marker": "v", "ls": DOTS}),
+    "bottom": ("weakest", {"color": COLORS["scratch"], "marker": "v", "ls": DOTS}),
 }
 
 
@@ -150,7 +150,7 @@ def ablation_curves(ablation: pd.DataFrame):
     frame = frame.assign(percent=100 * frame.share, change=frame.score - frame.score_whole)
     frame, figure, drawn = _ranked(frame, "percent", "change")
     for axis, _ in drawn:
-        axis.axhline(0, color=COLORS["intact"], lw=1, zorder=1, label="nothing ablated")
+        axis.axhline(0, color=plots.GREY, lw=1, zorder=1, label="nothing ablated")
     return figure, frame, f"change in {plots.measure(frame)}"
 
 

@@ -8,11 +8,12 @@ import shutil
 import pandas as pd
 import pytest
 from helpers import save_tiny_bert, tiny_study, write_planted_task
-from planted import INTACT, SEEDS, cells, curves
+from planted import INTACT, SEEDS, again, cells, curves
 
 from healing_utils.analysis import harm, price, results
 from healing_utils.analysis.claims import decide
 from healing_utils.analysis.ledger import Tables
+from healing_utils.base.errors import HealingError
 from healing_utils.report import harm_figures
 from healing_utils.study.study import Study
 
@@ -152,6 +153,42 @@ def test_time_to_heal_is_told_for_each_length_of_training():
     assert healed.loc[8.0, "needed"] == "120"
     told = price.price_list(found)
     assert list(told["epochs"]) == [2.0, 8.0] * 2 and "what" in told
+
+
+def test_healing_is_drawn_on_the_longest_training_with_its_floor():
+    longer = {"epochs": 4.0, "steps": 14.0}
+    long = cells(INTACT | longer, {"score": 0.9} | longer).assign(key=lambda t: "long " + t["key"])
+    table = again(cells(INTACT, {"score": 0.8}, {"score": 0.85, "recipe": "drop"}), long)
+    learning = curves(table).assign(floor=0.7)
+    figure = harm_figures.healing_over_time(learning)
+    (axis,) = figure.axes
+    drawn = {line.get_label(): line for line in axis.get_lines()}
+    # There is none without the redrawn layers that is trained for so long.
+    assert {name for name in drawn if name[0] != "_"} == {
+        "intact", "bottom, kept", "floor: no layers"}  # fmt: skip
+    heights = [line.get_ydata() for line in axis.get_lines() if len(line.get_xdata()) == 3]
+    assert list(heights[0]) == pytest.approx([0.4, 0.7, 1.0], abs=1e-3)
+    assert [t.get_text() for t in axis.texts] == ["90 %", "95 %", "99 %"]
+    with pytest.raises(HealingError, match="nothing to draw"):
+        harm_figures.healing_over_time(learning[learning["state"] == "intact"])
+
+
+def test_what_was_not_reached_is_open_with_an_arrow_and_what_is_unknown_left_out():
+    one = {"side": "custom", "level": 1 / 6, "recipe": "corrupted_only", "layers": (2,)}
+    noisy = [{"side": "top", "score": 0.855 + (0.08 if seed % 2 else -0.08), "seed": seed}
+             for seed in SEEDS]  # fmt: skip
+    noisy = cells(*noisy, seeds=[0]).assign(key=lambda t: "noisy " + t["key"])
+    table = again(cells(INTACT, {"score": 0.8}, one | {"score": 0.9}), noisy)
+    heal = price.time_to_heal(curves(table))
+    figure = harm_figures.needed_figure(heal)
+    (axis,) = figure.axes
+    assert {t.get_text() for t in axis.get_yticklabels()} == {
+        "intact", "layer 3, reinit, its neighbours frozen", "bottom 1/2, reinit"}  # fmt: skip
+    arrows = [x for x in axis.get_lines() if "arrow" in str(x.get_marker())]
+    assert [list(x.get_xdata()) for x in arrows] == [[30]] * 3
+    assert "bottom 1/2, reinit: more than 30, more than 30, more than 30" in figure.alt
+    with pytest.raises(HealingError, match="nothing to draw"):
+        harm_figures.needed_figure(heal[heal["needed"].str.startswith("not")])
 
 
 def test_what_a_longer_training_gains_on_is_censored():

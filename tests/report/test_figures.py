@@ -11,14 +11,15 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
-from healing_utils.analysis import harm
+from healing_utils.analysis import harm, price
 from healing_utils.analysis.claims import COLUMNS
 from healing_utils.analysis.effects import t_interval
+from healing_utils.analysis.results import load_curves
 from healing_utils.base.errors import HealingError
 from healing_utils.report import figures, harm_figures, plots
 from healing_utils.report import probe_figures as pf
 
-ROOT = Path(__file__).resolve().parents[2]
+QUICK = Path(__file__).resolve().parents[2] / "data" / "results" / "quick"
 LEVELS = {1 / 6: 1, 0.5: 3, 1.0: 6}
 PLACES = (("conll2000", "chunk"), ("en_ewt", "upos"))
 HALVES = {"bottom": (0, 1, 2), "top": (3, 4, 5)}
@@ -45,7 +46,7 @@ def results(tasks=("sst2",), seeds=(0, 1, 2), model="lab/tiny", init=True, chanc
                 rows.append(
                     dict(model=model, task=task, seed=seed, metric="f1", chance=chance, kind=kind,
                          part="none" if state == "intact" else "all", test_size=400, state=state,
-                         side=side, level=level, score=score,
+                         side=side, level=level, score=score, strength=math.nan,
                          layers=tuple(range(LEVELS.get(level, 0))))
                 )  # fmt: skip
     return pd.DataFrame(rows)
@@ -177,7 +178,7 @@ def claims(model="lab/tiny"):
 
 def shipped(table):
     """A table of `harm` from the shipped records of the organism."""
-    every = harm.gather(ROOT / "data" / "results" / "quick")
+    every = harm.gather(QUICK)
     return every if table == "cells" else getattr(harm, table)(every)
 
 
@@ -185,16 +186,12 @@ STUDY = results(("sst2", "imdb"))
 LONG = ("twitter-financial-news-topic", "sst2", "dbpedia_14", "stsb")
 DRAWN = {
     "recovery": lambda: figures.recovery_curves(STUDY),
-    "recovery, many": lambda: figures.recovery_curves(results(tuple("abcde"), (0, 1))),
     "scores": lambda: figures.score_points(STUDY),
     "claims": lambda: figures.claims_figure(claims()),
     "weights": lambda: figures.weight_change(report(), model="lab/tiny"),
     "similarity": lambda: figures.similarity(similarities()),
     "learning": lambda: figures.learning_curves(curves()),
     "layers": lambda: pf.layer_curves(probing(LONG)),
-    "layers, two models": lambda: pf.layer_curves(
-        pd.concat([probing(LONG), probing(LONG, model="xlnet-base", n=12)])
-    ),
     "accuracy": lambda: pf.layer_curves(probing(), value="accuracy"),
     "healed": lambda: pf.healed_curves(probing(LONG)),
     "states": lambda: pf.state_heatmap(probing(LONG)),
@@ -208,6 +205,9 @@ DRAWN = {
     "harms": lambda: harm_figures.harm_curves(shipped("by_harm")),
     "league": lambda: harm_figures.league_figure(shipped("league")),
     "price": lambda: harm_figures.price_curves(shipped("cells")),
+    "healing": lambda: harm_figures.healing_over_time(load_curves(QUICK, scans=True)),
+    "needed": lambda: harm_figures.needed_figure(price.time_to_heal(load_curves(QUICK))),
+    "examples": lambda: harm_figures.needed_figure(price.price(shipped("cells"))),
 }
 
 
@@ -228,7 +228,7 @@ def test_every_figure_says_what_it_shows_and_can_be_read(name):
     figure = DRAWN[name]()
     assert re.search("Model: (tiny|organism)", figure.caption)
     assert figure.caption[0].isupper()
-    assert re.search(r"\d\.\d", figures.alt_text(figure)) and not re.search(r"\bnan\b", figure.alt)
+    assert re.search(r"\d", figure.alt) and not re.search(r"\bnan\b", figure.alt)
     assert name == "weights" or re.search(r"n = \d", figure.caption)
     assert " ," not in figure.caption + figure.alt and " ." not in figure.caption
     assert figure.get_figwidth() <= plots.PAGE
@@ -397,8 +397,8 @@ def test_healed_curves_draw_what_is_less_than_intact_and_shade_the_corrupted_lay
     assert "en_ewt · upos, bottom, healed: -0.15 at 0 to -0.15 at 6" in figure.alt
     assert figure.axes[0].get_ylabel() == "selectivity minus intact"
     table.loc[table.side == "bottom", "side"] = "custom"
-    table["layers"] = ["(0, 2)" if s == "custom" else str(t) for s, t in
-                       zip(table.side, table.layers, strict=True)]  # fmt: skip
+    chosen = zip(table.side, table.layers, strict=True)
+    table["layers"] = [(0, 2) if side == "custom" else layers for side, layers in chosen]
     axis = titled(pf.healed_curves(table), "layers 1, 3, en_ewt · upos")
     assert [(p.get_x(), p.get_width()) for p in axis.patches] == [(0.5, 1), (2.5, 1)]
 
@@ -444,13 +444,16 @@ def test_the_minimal_set_is_drawn_before_and_as_it_moves():
 
 def test_accuracy_and_ablation_draw_means_over_neurons():
     table = curve()
-    axis = titled(pf.accuracy_by_neurons(table), "sst2, fine-tuned, conll2000 · chunk")
-    x, y = line(axis, "#009E73")
+    figure = pf.accuracy_by_neurons(table)
+    axis = titled(figure, "conll2000 · chunk, before")
+    x, y = line(axis, "#000000")
     assert list(x) == list(SIZES) and axis.get_xscale() == "log"
     assert y == pytest.approx(table[table.which == "top"].groupby("k").accuracy.mean())
+    change = titled(figure, "conll2000 · chunk, change by fine-tuning")
+    assert line(change, "#009E73")[1] == pytest.approx([0] * len(SIZES))
     figure = pf.ablation_curves(ablation())
     axis = titled(figure, "cola, fine-tuned, conll2000 · chunk")
-    x, y = line(axis, "#009E73")
+    x, y = line(axis, "#000000")
     assert y == pytest.approx(-0.8 * np.sqrt(np.asarray(x) / 100))
     assert x == pytest.approx(100 * np.array([0, *SIZES[1:]]) / 2688)
     assert axis.get_ylabel() == "change in matthews or macro-F1"
@@ -501,6 +504,11 @@ def test_harm_is_drawn_from_the_tables_of_harm():
     assert (
         len(axis.get_yticks()) == harms.query("task == 'topic'").groupby(["harm", "level"]).ngroups
     )
+
+
+def test_no_figure_writes_minus_nothing():
+    figure = pf.state_heatmap(probing().assign(selectivity=-0.001))
+    assert {t.get_text() for t in figure.axes[0].texts} == {"0.00"} and "-0.00" not in figure.alt
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders():
