@@ -5,7 +5,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test check test-cluster lab report lock badges bench bench-gpu growth scaling coverage colab-check clean
+.PHONY: help study test check test-cluster lab report lock badges bench bench-gpu \
+  growth scaling coverage rehearse colab-check clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -90,6 +91,9 @@ scaling: $(VENV)/.cluster  ## Measure one worker against two, as processes and o
 
 coverage: $(READY)  ## Simulate how often intervals cover and verdicts err (ARGS=--write keeps it)
 	@$(BIN)/python tests/benchmarks/coverage.py $(ARGS)
+
+rehearse: $(READY)  ## Run the paper's profile on made-up stand-ins of its models and data sets
+	@at=$$(mktemp -d); $(BIN)/python tests/rehearsal.py "$$at"; echo "its page: $$at/run/index.html"
 
 colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
 	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/run/test_colab.py $(ARGS)
