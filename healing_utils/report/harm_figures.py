@@ -189,7 +189,7 @@ def healing_over_time(curves: pd.DataFrame):
 
 @captioned("labelled examples")
 def needed_figure(table: pd.DataFrame):
-    """What it takes to reach 90, 95 and 99 % of the intact score, of `price` or `time_to_heal`.
+    """What it takes to reach 90, 95 and 99 % of the intact score, in labelled examples or steps.
     Marks: from where the mean stays above; bars: the range that the 95 % t-intervals over seeds
     leave, dotted where they leave no end. Open, with an arrow: more than was tried. Settings of
     which nothing can be told are left out."""
