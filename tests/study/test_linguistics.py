@@ -39,7 +39,8 @@ def parameters(given, tmp_path_factory) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def probed(finished, parameters) -> Study:
-    shutil.copytree(finished.study.run_folder, parameters["run"])
+    others = shutil.ignore_patterns("parameters.json")  # it has other seeds
+    shutil.copytree(finished.study.run_folder, parameters["run"], ignore=others)
     study = Study(parameters)
     for stage in (*STAGES, *PROBING_STAGES):
         study.run(stage)
