@@ -44,6 +44,7 @@ def known(parameters):
             patch.setattr(module, "time", clock)
         before = estimate.make(study)
         seconds = {row.cell.key: row.seconds for row in before.itertuples()}
+        study.store.begin()
         write_atomically(study.run_folder / estimate.ESTIMATE, json.dumps(seconds))
         study.compute(study.keep_plans(), "all stages", "in-process")
     return before, study
