@@ -32,3 +32,10 @@ def run_folder(run: str | Path) -> Path:
         return Path(os.path.expanduser(elsewhere)).resolve().joinpath(*run.parts[2:])
     own = run.parts[:2] in (("data", "runs"), ("data", "results"))
     return project_root() / run if own else Path.cwd() / run
+
+
+def shown_folder(folder: Path) -> str:
+    """A run's folder for people: what lies in the checkout by its place there, so that notebooks
+    read alike everywhere, else its absolute path."""
+    root = project_root()
+    return f"{folder.relative_to(root)} in {root.name}" if root in folder.parents else str(folder)

@@ -89,8 +89,7 @@ def empty_model(study: Study, model: str) -> torch.nn.Module:
 
 def training_size(study: Study, cell: Cell) -> int:
     p, data = study.settings(cell), study.task(cell.task)
-    held_out = p["validation_size"] if data.validation is None else 0
-    return p["train_size"] or len(data.pool) - held_out
+    return data.sizes(p["train_size"], p["validation_size"])[0]
 
 
 def work_of(study: Study, cell: Cell) -> tuple[float, float, float]:
@@ -116,7 +115,7 @@ def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
         size = wanted if cell.corpus else min(wanted, training_size(study, cell))
         small = {"train_size": size, "epochs": wanted / size, "evaluations": 1}
         trial = Study({**study.parameters, **small, "scans": {}, "run": f"{folder}/{steps}"})
-        trial.store.begin()
+        trial.store.begin()  # makes the folder
         like = replace(cell, settings=tuple({**dict(cell.settings), **small}.items()))
         if cell.corpus is None:
             if cell.state != "intact":

@@ -229,6 +229,8 @@ def _scanned(study: Any, probed: bool = False) -> Iterator[Cell]:
         scan |= {field: p[field] for field in ("task", "seeds", "sides") if scan[field] is None}
         # A study of another task keeps the notebooks' own scans of theirs out; `describe` says so.
         scan["task"] = [task for task in scan["task"] if task in p["task"]]
+        if not scan["task"]:
+            continue
         if scan["broken"] and "healed" in scan["state"]:
             scan["state"] = list(dict.fromkeys([*scan["state"], "broken"]))
         try:

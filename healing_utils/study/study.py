@@ -18,7 +18,7 @@ import torch
 
 from healing_utils.analysis.results import table
 from healing_utils.base.errors import HealingError
-from healing_utils.base.paths import run_folder
+from healing_utils.base.paths import run_folder, shown_folder
 from healing_utils.base.progress import Progress
 from healing_utils.base.records import Store, canonical, read_json, set_aside, write_atomically
 from healing_utils.healing import models
@@ -65,7 +65,7 @@ class Study:
     def describe(self) -> str:
         """Folder, models, tasks and device of this study, for the top of a notebook."""
         p, made = self.parameters, self.provenance()
-        lines = [f"run {self.run_folder}"]
+        lines = [f"run {shown_folder(self.run_folder)}"]
         for model in p["model"]:
             config = self.config(model)
             lines.append(
@@ -79,6 +79,7 @@ class Study:
             lines.append(
                 f"task {name}: {what}, {len(data.pool) if size is None else size:,} training "
                 f"examples, {len(data.test):,} scored, metric {data.metric}"
+                f"{'; nothing is read from ' * bool(data.unused)}{', '.join(data.unused)}"
             )
             for model in p["model"]:
                 if note := reading_note(self.tokenizer(model), data.test.texts):
