@@ -38,4 +38,5 @@ def shown_folder(folder: Path) -> str:
     """A run's folder for people: what lies in the checkout by its place there, so that notebooks
     read alike everywhere, else its absolute path."""
     root = project_root()
-    return f"{folder.relative_to(root)} in {root.name}" if root in folder.parents else str(folder)
+    inside = root in folder.parents
+    return f"{folder.relative_to(root)} in the project's folder" if inside else str(folder)
