@@ -114,7 +114,7 @@ def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
         size = wanted if cell.corpus else min(wanted, training_size(study, cell))
         small = {"train_size": size, "epochs": wanted / size, "evaluations": 1}
         trial = Study({**study.parameters, **small, "scans": {}, "run": f"{folder}/{steps}"})
-        trial.store.begin()
+        trial.store.begin()  # makes the folder
         like = replace(cell, settings=tuple({**dict(cell.settings), **small}.items()))
         if cell.corpus is None:
             if cell.state != "intact":
