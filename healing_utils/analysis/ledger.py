@@ -370,8 +370,8 @@ def _kinds(kind: str, control: str, tables: Tables) -> Iterator[pd.DataFrame]:
     broken = harm.once(tables.cells[tables.cells["state"] == "broken"])
     same = ["model", "task", "seed", "part", "side", "level", "layers", "strength"]
     both = _pairs(broken[broken["kind"] == control], broken[broken["kind"] == kind], same)
-    names = zip(both["part"], map(harm.harm_name, both["harm"]), map(harm.place_name, both.iloc),
-                strict=True)  # fmt: skip
+    harms = both["harm"].str.replace(control, kind).map(harm.harm_name)
+    names = zip(both["part"], harms, map(harm.place_name, both.iloc), strict=True)
     both["variant"] = [", ".join(words).removeprefix("all, ") for words in names]
     for names, part in groups(both, ["model", "variant"]):
         yield contrast(names | {"main": False}, apart(part, "other"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.paths import run_folder
-from healing_utils.base.records import Store, write_atomically
+from healing_utils.base.records import Store, read_json, write_atomically
 
 if TYPE_CHECKING:  # imported where tables are made: a study that only plans does not wait for it
     import numpy as np
@@ -105,9 +104,9 @@ def table(records: Iterable[Record], stage: str = "baseline") -> pd.DataFrame:
 def _plan(folder: Path, stage: str) -> list[Record] | None:
     """The cells of the run's last plan of a stage; None where there is no readable plan."""
     try:
-        plan = json.loads((folder / "plans" / f"{stage}.json").read_text(encoding="utf-8"))
+        plan = read_json(folder / "plans" / f"{stage}.json")
         return [{"key": cell["key"], **cell} for cell in plan["cells"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 

@@ -56,6 +56,8 @@ def encode(
     max_length: int = 128, regression: bool = False,
 ) -> Encoded:  # fmt: skip
     """Tokenise sentences, or pairs of sentences, without padding; long ones are cut and counted."""
+    if isinstance(texts, str):
+        raise HealingError("texts is one text: need a list of them")
     if len(texts) != len(labels) or not len(texts):
         raise HealingError(f"got {len(texts)} texts and {len(labels)} labels: need as many")
     if tokenizer.pad_token_id is None:

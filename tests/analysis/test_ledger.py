@@ -179,7 +179,7 @@ def test_kinds_are_compared_with_their_controls_at_one_place_and_strength(name, 
 
     found = verdicts(cells(INTACT, broken(kind, 0.4), broken(control, 0.85), broken(kind, 0.9, 1)))
     (where,) = found.loc[name].index
-    assert where == f"{control.replace('_', ' ')} 0.5, all layers"
+    assert where == f"{kind.replace('_', ' ')} 0.5, all layers"
     assert found.verdict[name, where] == "holds"
     assert found.effect[name, where] == pytest.approx(0.45, abs=1e-3)
     assert name not in verdicts(cells(INTACT, broken(kind, 0.4))).index.get_level_values(0)
