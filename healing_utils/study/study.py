@@ -187,7 +187,7 @@ class Study:
         there = read_json(path)
         if path.exists() and not there:
             set_aside(path, "it holds no parameters")
-        now = there | self.given
+        now = there | {name: x for name, x in self.given.items() if name != "run"}  # it may move
         if isinstance(there.get("scans"), dict) and "scans" in now:
             now["scans"] = there["scans"] | now["scans"]
         if there != now:
