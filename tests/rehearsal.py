@@ -4,7 +4,8 @@
 each model a few small random layers of its real architecture, with a tokenizer of its real kind
 trained on the project's own text; each data set its real columns, splits and class names, with
 made-up rows. Then it runs the profile `paper` on them, all models, tasks, scans and notebooks, with
-fewer examples. What it scores means nothing; what it finds is what a first user would find.
+fewer examples and two seeds. What it scores means nothing; what it finds is what a first user would
+find.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def cut_profile(folder: Path) -> Path:
     profile = yaml.safe_load(given.read_text("utf-8"))
     profile |= {
         "train_size": 64, "validation_size": 40, "test_size": 40, "evaluations": 4, "epochs": 1,
-        "threads": 1, "workers": 2, "device": "cpu", "max_length": 24,
+        "threads": 1, "workers": 2, "device": "cpu", "max_length": 24, "seeds": [0, 1],
     }  # fmt: skip
     for scan in profile["scans"].values():
         scan |= {"train_size": [16, 32, 64]} if "train_size" in scan else {}
@@ -226,4 +227,4 @@ if __name__ == "__main__":
     claims = run(place, build(place))
     said = claims.drop_duplicates(["claim", "model"])
     print(said[["claim", "model", "verdict", "reason"]].to_string())
-    assert said["verdict"].notna().all() and said["reason"].notna().all()
+    assert said[["verdict", "reason"]].notna().all(axis=None)
