@@ -1,4 +1,4 @@
-"""A cut of the paper's own profile, on stand-ins under the hub's names, through all its notebooks."""
+"""A cut of the paper's own profile, on stand-ins under the hub's names, through its notebooks."""
 
 import pytest
 import rehearsal
