@@ -14,7 +14,7 @@ from helpers import save_tiny_bert, tiny_study, write_planted_task
 from healing_utils import load_results
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = sorted(path.name for path in (ROOT / "data" / "results").iterdir())
+SHIPPED = sorted(p.name for p in (ROOT / "data" / "results").iterdir() if p.is_dir())
 README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\N{MINUS SIGN}", "-")
 
 
