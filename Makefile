@@ -5,8 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help study test check test-cluster lab report lock badges bench bench-gpu \
-  growth scaling coverage rehearse colab-check clean
+.PHONY: help study test check test-cluster lab report lock badges bench bench-gpu growth scaling coverage rehearse colab-check clean
 
 PYTHON ?= python3
 VENV   := .venv
