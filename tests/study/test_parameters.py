@@ -93,7 +93,7 @@ def test_values_and_their_text_forms(name, given, value):
         # Values without end.
         ("evaluations", 1e9, "less than or equal to 10000"), ("workers", 5000, "equal to 256"),
         ("seeds", 2**64, "less than 2147483648"), ("seeds", float("inf"), "finite number"),
-        ("kind", "noise=inf", "not finite"), ("max_grad_norm", "inf", "less than or equal"),
+        ("kind", "noise=inf", "from 0 up"), ("max_grad_norm", "inf", "less than or equal"),
         ("levels", "-1/2", "above 0"), ("levels", [True], "above 0 and at most 1"),
         ("label_column", True, "must be text"), ("task", "a\0b", "must be text"),
         ("sides", [], "at least 1 item"), ("kind", "[]", "at least 1 item"),

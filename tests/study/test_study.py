@@ -148,7 +148,7 @@ def test_a_folder_without_records_takes_new_parameters(tiny, tmp_path, monkeypat
         kept.write_text(garbage)
         (tmp_path / "plans" / "baseline.json").write_text(garbage)
         study.keep_plans()
-        assert json.loads(kept.read_text()) == study.given
+        assert {"run": str(tmp_path), **json.loads(kept.read_text())} == study.given
         said = capsys.readouterr().err
         assert f"{kept} is corrupt (it holds no parameters); set aside" in said
     study.store.write("baseline", "k", {})
