@@ -32,12 +32,14 @@ $(READY): requirements.lock pyproject.toml
 study: $(READY)  ## Run the study on the model organism; the last line names its page
 	@$(BIN)/healing run quick $(ARGS)
 
-# The notebooks compute everything again, in a folder of their own: results of an earlier run
-# would make the comparison compare nothing. They run beside the other tests, and are told last.
+# The notebooks compute the main grid and the probes again, in a folder of their own: results of an
+# earlier run would make the comparison compare nothing. Their scans are found finished, for time.
+# They run beside the other tests, and are told last.
 # (5: pytest found nothing that ARGS ask for, which one of the two may.)
 test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k name" for some)
 	@$(MAKE) $(VENV)/.cluster || echo "Ray cannot be installed: tests on its cluster are skipped"
 	@runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
+	$(BIN)/python tests/finished_scans.py "$$runs/quick"; \
 	export HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet; failed=0; \
 	$(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1500 \
 	  -p no:cacheprovider $(ARGS) > "$$runs/said" 2>&1 & beside=$$!; \
