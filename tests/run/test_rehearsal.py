@@ -1,5 +1,7 @@
 """A cut of the paper's own profile, on stand-ins under the hub's names, through its notebooks."""
 
+import os
+
 import pytest
 import rehearsal
 
@@ -13,6 +15,9 @@ CUT = {
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "REHEARSE" not in os.environ, reason="two minutes: make rehearse, or REHEARSE=1"
+)
 @pytest.mark.timeout(1800)
 def test_the_papers_profile_ends_with_a_verdict_or_a_reason_for_every_claim(tmp_path):
     names = [MODEL, "xlnet/xlnet-base-cased"]
