@@ -35,7 +35,7 @@ SIZE = {
     "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 24,
     "max_position_embeddings": 300,
 }  # fmt: skip
-BERT, FEWER = ("wordpiece", hf.BertConfig, SIZE), {"num_hidden_layers": 3}
+BERT = ("wordpiece", hf.BertConfig, SIZE)
 MODELS = {
     "google-bert/bert-base-uncased": BERT,
     "google-bert/bert-base-cased": BERT,

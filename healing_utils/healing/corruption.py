@@ -36,6 +36,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {}
+EXPONENT = 14  # the highest exponent bit of a bfloat16 value, whose 16 are counted from the lowest
 
 
 def _kind(strength: str | None = None, **properties: Any) -> Callable[[Callable], Callable]:
@@ -152,13 +153,13 @@ def bits_bfloat16(piece: Piece, generator: Generator, strength: float) -> Tensor
 @_kind("probability that it flips, of each value", allowed=(0.0, 1.0))
 def bits_exponent(piece: Piece, generator: Generator, strength: float) -> Tensor:
     """Random flips of the highest exponent bit in the bfloat16 representation alone."""
-    return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator, [14]).float()
+    return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator, [EXPONENT]).float()
 
 
 @_kind("probability that a bit flips, each of a value's other 15", allowed=(0.0, 1.0))
 def bits_other(piece: Piece, generator: Generator, strength: float) -> Tensor:
     """Random bit flips in the bfloat16 representation, the highest exponent bit spared."""
-    other = [bit for bit in range(16) if bit != 14]
+    other = [bit for bit in range(16) if bit != EXPONENT]
     return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator, other).float()
 
 

@@ -137,7 +137,7 @@ def _states(
     layers = list(there) if layers is None else np.ravel(layers).tolist()
     if not layers or any(type(layer) is not int or layer not in there for layer in layers):
         raise HealingError(f"layers {layers}: need some of 0 (the embeddings) to {there[-1]}")
-    largest, known = max(map(max, aligned.windows.ids)), base.get_input_embeddings().num_embeddings
+    largest, known = aligned.windows.highest[0], base.get_input_embeddings().num_embeddings
     if largest >= known:
         raise HealingError(f"the tokenizer is not the model's: token {largest} of {known}")
     shape = len(layers), aligned.words, base.config.hidden_size

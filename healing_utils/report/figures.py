@@ -24,7 +24,7 @@ from healing_utils.analysis.claims import censoring
 from healing_utils.analysis.effects import as_fraction
 from healing_utils.analysis.recovery import measures
 from healing_utils.base.paths import file_name
-from healing_utils.base.records import write_atomically
+from healing_utils.base.records import read_json, write_atomically
 from healing_utils.report import plots
 from healing_utils.report.plots import COLORS, DASH, DASH_DOT, DOTS, GREY, captioned, style
 
@@ -200,10 +200,7 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
         said = {"Title": texts["caption"], "Description": texts["alt"], undated: None}
         write_atomically(folder / f"{name}.{suffix}", _drawn(figure, suffix, 200, metadata=said))
     index = folder / "captions.json"
-    try:
-        captions = {**json.loads(index.read_text("utf-8")), name: texts}
-    except (OSError, ValueError, TypeError):
-        captions = {name: texts}
+    captions = {**read_json(index), name: texts}
     write_atomically(index, json.dumps(captions, indent=1, ensure_ascii=False) + "\n")
     return folder / f"{name}.png"
 

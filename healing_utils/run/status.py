@@ -1,7 +1,6 @@
 """How far a run is, as its folder says; without torch, so that it is told at once."""
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +8,8 @@ from pathlib import Path
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.paths import run_folder
 from healing_utils.base.progress import duration
-from healing_utils.base.records import STALE, read_json
+from healing_utils.base.records import STALE, Store, read_json
 from healing_utils.study.cells import ALL_STAGES
-
-PLACE = re.compile(r"[\w-]{1,64}/[\w-]{1,64}")  # of a record: none leads out of the folder
 
 
 def find_run(name: str | None = None) -> Path:
@@ -37,21 +34,19 @@ def find_run(name: str | None = None) -> Path:
 def progress(run: Path) -> Iterator[tuple[str, list[dict], list[dict]]]:
     """Name, planned and missing cells of every planned stage, each cell where it is first planned;
     a plan that is none is passed over. Nothing in the folder is changed."""
-    keys: set[str] = set()
+    keys, store = set(), Store(run)
     for stage in ALL_STAGES:
         plan = read_json(run / "plans" / f"{stage}.json").get("cells")
         if isinstance(plan, list) and all(isinstance(cell, dict) for cell in plan):
             # A cell of a scan is recorded in the stage that it belongs to.
             cells = [{"stage": stage, "name": "?", **cell} for cell in plan]
-            if all(PLACE.fullmatch(_place(cell)) for cell in cells):
-                cells = [cell for cell in cells if cell["key"] not in keys]
-                keys.update(cell["key"] for cell in cells)
-                left = [c for c in cells if not (run / "records" / f"{_place(c)}.json").exists()]
-                yield stage, cells, left
-
-
-def _place(cell: dict) -> str:
-    return f"{cell['stage']}/{cell.get('key', '')}"
+            try:
+                there = {c["key"]: store.path(c["stage"], c["key"]).exists() for c in cells}
+            except (HealingError, KeyError, TypeError):  # a name that is none
+                continue
+            cells = [cell for cell in cells if cell["key"] not in keys]
+            keys |= there.keys()
+            yield stage, cells, [cell for cell in cells if not there[cell["key"]]]
 
 
 def _claim(path: Path) -> str:

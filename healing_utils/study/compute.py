@@ -44,12 +44,10 @@ def _intact(study: Any, cell: Cell) -> dict[str, Any]:
 
 def _broken(study: Any, cell: Cell) -> dict[str, Any]:
     broken = copy.deepcopy(_shared_intact(study, cell)[0])
-    if cell.recipe == "drop":  # not corrupted but taken out: no layer is left to compare
-        recipes.RECIPES["drop"].prepare(recipes.Patient(broken, cell.layers, cell.seed))
-        return _score(study, cell, broken)
-    changed = _corrupt(cell, broken)
-    alike = similarity(study, cell, broken)
-    return {**_score(study, cell, broken), "similarity": alike, **changed}
+    changed = _break(cell, broken)
+    if changed:  # else layers were taken out: there are not as many to compare
+        changed["similarity"] = similarity(study, cell, broken)
+    return {**_score(study, cell, broken), **changed}
 
 
 def _untrained(study: Any, cell: Cell) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def network(study: Any, cell: Cell) -> torch.nn.Module:
     folder where its weights were kept, else made again."""
     if cell.state == "broken":
         model = network(study, intact_of(study, cell))
-        _corrupt(cell, model)
+        _break(cell, model)
         return model
     path = study.store.weights_path(cell.key)
     if not path.exists():
@@ -140,6 +138,14 @@ def _begin(study: Any, cell: Cell) -> tuple[torch.nn.Module, dict[str, Any]]:
     deployed = cell.start == "fine-tuned"
     model = network(study, intact_of(study, cell)) if deployed else _load(study, cell)
     return model, _corrupt(cell, model) if cell.state == "healed" else {}
+
+
+def _break(cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
+    """Corrupt a fine-tuned model, of which the report is kept, or take its layers out."""
+    if cell.recipe != "drop":
+        return _corrupt(cell, model)
+    recipes.drop(recipes.Patient(model, cell.layers, cell.seed))
+    return {}
 
 
 def _corrupt(cell: Cell, model: torch.nn.Module) -> dict[str, Any]:

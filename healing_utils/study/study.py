@@ -76,10 +76,10 @@ class Study:
         for name in p["task"]:
             data, size = self.task(name), for_task(p, name)["train_size"]
             what = f"{data.num_labels} classes" if data.classes else "regression"
+            unread = f"; nothing is read from {', '.join(data.unused)}" if data.unused else ""
             lines.append(
                 f"task {name}: {what}, {len(data.pool) if size is None else size:,} training "
-                f"examples, {len(data.test):,} scored, metric {data.metric}"
-                f"{'; nothing is read from ' * bool(data.unused)}{', '.join(data.unused)}"
+                f"examples, {len(data.test):,} scored, metric {data.metric}{unread}"
             )
             for model in p["model"]:
                 if note := reading_note(self.tokenizer(model), data.test.texts):
