@@ -8,15 +8,11 @@ random or weakest.
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
-
-import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
 from healing_utils.analysis.effects import means
-from healing_utils.base.errors import HealingError, choose
+from healing_utils.base.errors import choose
 from healing_utils.report import plots
 from healing_utils.report.plots import COLORS, DASH, DASH_DOT, DOTS, captioned
 
@@ -205,72 +201,3 @@ def _ranked(frame: pd.DataFrame, x: str, y: str):
 def _columns(names: pd.Series) -> int:
     """As many columns of panels as there are names, where they fit."""
     return names.nunique() if 1 < names.nunique() < 5 else 3
-
-
-# --- words and their neurons -----------------------------------------------------------------
-
-STRONG, FULL = 1.0, 3.0  # standard deviations: from here a word has its number; the full tint
-# Orange above the mean, sky blue below (Okabe and Ito). At most 60 % opaque over the page's own
-# background, so that its own text keeps a contrast of 4.5 whether it is dark on light or not.
-TINTS, OPACITY = ("230,159,0", "86,180,233"), 0.6
-NOTE = (
-    "Activation per word, in standard deviations from the neuron's mean: orange above, blue "
-    f"below; from {STRONG:g} on the rounded number stands behind the word."
-)
-
-
-class Marked(str):
-    """HTML that carries its plain text as `alt`."""
-
-    alt: str
-
-
-def word_activations(
-    sentences: Sequence[Sequence[str]],
-    activations: np.ndarray,
-    neurons: Iterable[tuple[int, int]],
-    reference: np.ndarray | None = None,
-) -> Marked:
-    """The sentences, once per neuron, every word tinted by that neuron's activation.
-
-    `activations` (layers, words, hidden) are those of all their words in order, as
-    `extract_activations` gives them; `neurons` (layer, index) pairs. Values are in standard
-    deviations from the neuron's mean over the words of `reference` (layers, words, hidden), or over
-    these sentences. Inline styles only. Raises HealingError where words and activations do not fit.
-    """
-    reference = activations if reference is None else reference
-    total = sum(map(len, sentences))
-    if activations.ndim != 3 or {total} != {activations.shape[1]}:
-        expected = f"(layers, {total}, hidden), not {activations.shape}"
-        raise HealingError(f"activations of {total} words have {expected}")
-    blocks, lines = [], [NOTE]
-    for layer, index in neurons:
-        raw, known = (x[layer, :, index].astype(float) for x in (activations, reference))
-        if not np.isfinite(raw).all():
-            raise HealingError(f"neuron ({layer}, {index}) has activations that are not finite")
-        values = iter((raw - known.mean()) / (known.std() or np.inf))
-        blocks.append(
-            f'<div style="margin-top:0.7em;font-weight:bold">layer {layer}, neuron {index}</div>'
-        )
-        lines.append(f"layer {layer}, neuron {index}:")
-        for sentence in sentences:
-            marked = [_marked(word, next(values)) for word in sentence]
-            blocks.append(f'<div style="margin:2px 0">{" ".join(x for x, _ in marked)}</div>')
-            lines.append("  " + " ".join(plain for _, plain in marked))
-    text = Marked(
-        f'<figure style="margin:0.5em 0;line-height:1.9">{"".join(blocks)}'
-        f'<figcaption style="font-size:90%;line-height:1.4">{NOTE}</figcaption></figure>'
-    )
-    text.alt = "\n".join(lines)
-    return text
-
-
-def _marked(word: str, value: float) -> tuple[str, str]:
-    """A word as HTML and as plain text, `value` being its activation in standard deviations."""
-    signed = f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
-    number = f"{value:+.0f}".replace("-", "\N{MINUS SIGN}") if abs(value) >= STRONG else ""
-    tint = f"{TINTS[int(value < 0)]},{OPACITY * min(1.0, abs(value) / FULL):.2f}"
-    look = f"padding:1px 3px;border-radius:3px;background-color:rgba({tint})"
-    shown = f'<sup style="font-size:80%">{number}</sup>' if number else ""
-    span = f'<span title="{signed} sd" style="{look}">{html.escape(word)}{shown}</span>'
-    return span, f"{word}[{number}]" if number else word

@@ -21,7 +21,6 @@ from healing_utils.probing import activations, neurons
 from healing_utils.probing.probes import online_codelength, probe_layers
 from healing_utils.study.cells import CORRUPTED, Cell
 from healing_utils.study.compute import network, similarity
-from healing_utils.texts.corpora import load_corpus
 from healing_utils.texts.tasks import TaskData
 
 ABLATION_EXAMPLES = 200  # training sentences over which a neuron's mean is taken
@@ -173,31 +172,3 @@ def reading_notes(study: Any) -> list[str]:
         said += [f"{count:,} {what}" for what, count in counts.items() if count]
         notes[of] = "; ".join(said)
     return list(notes.values())
-
-
-def strongest_neurons(neurons: pd.DataFrame, count: int = 3) -> list[tuple[int, int]]:
-    """The first `count` neurons of a table of `load_neurons(..., "strongest")`, by their best rank
-    and then by how often they reach it. Of one model and column: neurons of several have nothing to
-    do with each other."""
-    for name in ("model", "column"):
-        if neurons[name].nunique() > 1:
-            raise HealingError(f"the strongest neurons of one {name} at a time, please")
-    best = neurons.groupby(["layer", "neuron"])["rank"].agg(["min", "count"]).reset_index()
-    by = ["min", "count", "layer", "neuron"]
-    best = best.sort_values(by, ascending=[True, False, True, True])
-    return [(int(row.layer), int(row.neuron)) for row in best.head(count).itertuples()]
-
-
-def own_sentences(
-    study: Any, model: str, count: int = 4
-) -> tuple[list[list[str]], np.ndarray, np.ndarray]:
-    """A few of the project's own sentences, with the pre-trained `model`'s activations of them and
-    of a hundred more to compare with: (layers, words, hidden) each."""
-    p, device = study.parameters, study.device
-    loaded = models.load_classifier(model, 2, 0, p["model_revision"]).to(device)
-    sentences = load_corpus("organism", "pos").test.words[: count + 100]
-    both = activations.extract_activations(
-        loaded, study.tokenizer(model), sentences, p["aggregation"], device=device
-    )
-    words = sum(map(len, sentences[:count]))
-    return sentences[:count], both[:, :words], both[:, words:]

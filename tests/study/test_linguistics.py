@@ -108,11 +108,6 @@ def test_neurons_are_found_before_and_after(probed):
     assert agreement.groupby("key").size().eq(3).all() and agreement.spearman.abs().le(1).all()
     strongest = results.load_neurons(probed.run_folder, "strongest")
     assert strongest.groupby("key").size().eq(linguistics.SHOWN).all()
-    with pytest.raises(HealingError, match="one column at a time"):
-        linguistics.strongest_neurons(strongest)
-    one = strongest[strongest.column == "1"]
-    found = linguistics.strongest_neurons(one, 2)
-    assert len(set(found)) == 2 and set(found) <= set(zip(one.layer, one.neuron, strict=True))
     # Only fine-tuned models are ablated, and whole ones score as recorded.
     ablation = results.load_neurons(probed.run_folder, "ablation")
     assert set(ablation.state) == {"intact"} and set(ablation.metric) == {"f1"}
