@@ -65,11 +65,12 @@ def harm_curves(table: pd.DataFrame):
     """Score as a share of the intact model's by kind of harm, with its strength, and share of the
     layers hit: from broken, not trained again, to healed by full fine-tuning."""
     table = plots.titled(plots.usable(table, "retained"), "task", "model")
-    broken, share = table["state"] == "broken", table["level"].map(lambda x: plots.place("", x))
+    broken = table["state"] == "broken"
+    where = table["level"].map(lambda x: "all layers" if x == 1 else plots.place("", x).strip())
     table = table.assign(
         **{end: table[end].mask(broken) for end in ("retained_low", "retained_high")},
         worst=-table.groupby("harm")["retained"].transform("min"),
-        row=table["harm"].map(harm_name) + "," + share,
+        row=table["harm"].map(harm_name) + ", " + where,
         color=table["side"].map(COLORS),
         dodge=table["side"].map({"bottom": -0.16, "top": 0.16, "all": 0.0}),
         marker=broken.map({True: "x", False: "o"}),
