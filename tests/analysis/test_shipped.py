@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import papermill
 import pytest
-from helpers import save_tiny_bert, tiny_study, write_planted_task
+from helpers import CUES, FILLERS, save_tiny_bert, tiny_study, write_planted_task
 
 from healing_utils import load_results
 from healing_utils.analysis.harm import beside_intact
@@ -120,15 +121,19 @@ def test_a_researcher_probes_a_model_and_a_treebank_of_her_own(tmp_path):
         ]
         return "".join(end.join([f"# sent_id = {n}", *r]) + end + end for n, r in enumerate(rows))
 
-    words = [[("blue", "ADJ"), ("stone", "NOUN"), ("river", "NOUN")], [("red", "ADJ")] * 2] * 20
-    train = conllu(words[:20], "\n") + "\n\n" + conllu(words[20:], "\r\n")
+    rng, words = random.Random(0), [*CUES, *FILLERS[:4]]
+    drawn = [
+        [(word, "ADJ" if word in CUES else "NOUN") for word in rng.choices(words, k=5)]
+        for _ in range(36)
+    ]
+    train = conllu(drawn[:15], "\n") + "\n\n" + conllu(drawn[15:30], "\r\n")
     (tmp_path / "own-ud-train.conllu").write_bytes(train.encode())
-    test = conllu([*words[:6], [("river", "X")]], "\n")
+    test = conllu([*drawn[30:], [("w0", "X")]], "\n")
     (tmp_path / "own-ud-test.conllu").write_text(test)
     parameters = tiny_study(
         tmp_path / "run", save_tiny_bert(tmp_path / "model"), write_planted_task(tmp_path / "task"),
         corpus=str(tmp_path / "own-ud-train.conllu"), column="upos", probe_train=None,
-        probe_test=None, probe_levels=["1/3"],
+        probe_test=None, probe_levels=["1/3"], seeds=[0], sides="top", levels="1/3",
     )  # fmt: skip
     papermill.execute_notebook(
         ROOT / "notebooks" / "04_linguistics.ipynb", tmp_path / "out.ipynb", parameters,
@@ -136,7 +141,7 @@ def test_a_researcher_probes_a_model_and_a_treebank_of_her_own(tmp_path):
     )  # fmt: skip
     table = load_results(tmp_path / "run", "probing")
     pretrained = table[table.state == "pretrained"]
-    # 15 words of 6 sentences, and one whose label no probe can know.
-    assert pretrained.groupby("seed").accuracy.max().tolist() == pytest.approx([15 / 16] * 2)
+    # 30 words of 6 sentences, and one whose label no probe can know.
+    assert pretrained.accuracy.max() == pytest.approx(30 / 31)
     printed = (tmp_path / "out.ipynb").read_text(encoding="utf-8")
     assert "1 test words with labels unseen in training count as errors" in printed
