@@ -15,34 +15,38 @@ import pytest
 from bs4 import BeautifulSoup
 from helpers import planted_texts
 
-from healing_utils import load_results
+from healing_utils import cli, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
 README, GUIDE, MAKEFILE = (
     (ROOT / name).read_text("utf-8") for name in ("README.md", "docs/guide.md", "Makefile")
 )
-LESS = """-p seeds [0,1] -p levels 1/2 -p epochs 0.5 -p train_size 48 -p validation_size 16
-    -p evaluations 2 -p workers 1""".split()
+LESS = """-p seeds [0,1] -p sides top -p levels 1/2 -p epochs 0.5 -p train_size 48
+    -p validation_size 16 -p evaluations 2 -p workers 1""".split()
 PROBES = "-p probe_train 12 -p probe_test 12".split()
+NOISE = "ERROR|WARNING|Unable to|Traceback"
 
 
-def run_python(cwd, *command):
-    given = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HEALING_RUNS": f"{cwd}/runs"}
-    environment = os.environ | given | {"HEALING_PROGRESS": "terminal"}
+def run_python(*command):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, "-m", *command]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-
-
-def healing(cwd, *command):
-    done = run_python(cwd, "healing_utils", *command)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not re.search("ERROR|WARNING|Unable to|Traceback", done.stderr), done.stderr
-    return done.stdout
+    return done
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_from_a_file_of_ones_own_to_its_page(tmp_path, monkeypatch):
+def test_from_a_file_of_ones_own_to_its_page(tmp_path, monkeypatch, capsys):
+    def healing(*command):
+        assert cli.main(command) == 0
+        said = capsys.readouterr()
+        assert not re.search(NOISE, said.err), said.err
+        return said.out
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEALING_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("HEALING_PROGRESS", "terminal")
     texts, labels = planted_texts(120)
     rows = [f"{text},{('bad', 'good')[label]}" for text, label in zip(texts, labels, strict=True)]
     task = tmp_path / "<b>my #1.csv"
@@ -51,20 +55,19 @@ def test_from_a_file_of_ones_own_to_its_page(tmp_path, monkeypatch):
     (line,) = re.findall(r"^study:.*\n\t@\$\(BIN\)/healing (.+)$", MAKEFILE, re.MULTILINE)
     words = line.replace("$(ARGS)", asked).split()
     command = [{"reviews.csv": str(task), "reviews": "mine"}.get(word, word) for word in words]
-    said = healing(tmp_path, *command, *LESS, *PROBES)
+    done = run_python("healing_utils", *command, *LESS, *PROBES)
     page = tmp_path / "mine" / "index.html"
-    assert said == f"{page}\n"
+    assert done.stdout == f"{page}\n" and not re.search(NOISE, done.stderr), done.stderr
     found = BeautifulSoup(page.read_text("utf-8"), "html.parser")
     assert "my #1.csv" in found.dl.get_text() and found.find(id="found")
     assert not found.find(id="missing"), found.find(id="missing")
     names = [re.sub("-[0-9a-f]{6}$", "", p.stem) for p in (tmp_path / "mine/figures").glob("*.png")]
     assert "healed_-b-my-1.csv" in names and "recovery" in names
     # The same name is the same folder to the commands and in Python.
-    status = healing(tmp_path, "status", "mine")
+    status = healing("status", "mine")
     (total,) = re.findall(r"all +(\d+) of \1 cells done", status)
     assert f"Cells {total}" in " ".join(found.dl.get_text(" ").split())
-    assert healing(tmp_path, "report", "mine") == said
-    monkeypatch.chdir(tmp_path)
+    assert healing("report", "mine") == done.stdout
     assert set(load_results("mine", "recovery")["task"]) == {str(task)}
 
     # A notebook by itself: its run is known to the commands too.
@@ -74,8 +77,7 @@ def test_from_a_file_of_ones_own_to_its_page(tmp_path, monkeypatch):
     assert "papermill notebooks/03_recovery.ipynb out.ipynb -p run data/runs/reviews" in GUIDE
     notebook = str(ROOT / "notebooks" / "03_recovery.ipynb")
     given = ["-p", "run", "data/runs/reviews", "-p", "task", str(task), *LESS]
-    done = run_python(tmp_path, "papermill", notebook, "out.ipynb", *given)
-    assert done.returncode == 0, done.stderr
+    run_python("papermill", notebook, "out.ipynb", *given)
     assert json.loads((run / "parameters.json").read_text())["task"] == [str(task)]
-    assert healing(tmp_path, "status").startswith(f"Run {run}\n")
-    assert healing(tmp_path, "report") == f"{run / 'index.html'}\n"
+    assert healing("status").startswith(f"Run {run}\n")
+    assert healing("report") == f"{run / 'index.html'}\n"
