@@ -240,15 +240,6 @@ def test_padding_does_not_change_logits(family):
         assert not np.allclose(wrong, batched, atol=1e-4)
 
 
-def test_predictions_keep_the_order_of_the_data():
-    model, data = classifier(num_labels=3), random_examples(count=30, classes=3)
-    want = predict(model, data, device="cpu")
-    rows = np.random.default_rng(1).permutation(len(data))
-    moved = Encoded([data.ids[i] for i in rows], None, data.labels[rows], data.pad)
-    assert np.allclose(predict(model, moved, device="cpu", max_tokens=40), want[rows], atol=2e-6)
-    assert want.shape == (30, 3) and want.dtype == np.float32
-
-
 def out_of_memory_above(monkeypatch, tokens: int, error=torch.OutOfMemoryError):
     """Fail where a batch of more than `tokens` tokens is computed, as a full device does: after the
     forward pass, whose dropout has drawn its random numbers."""

@@ -207,14 +207,6 @@ def test_mask_hides_the_same_number_in_every_sentence_and_never_the_ends():
     assert (shown[chosen] == 4).float().mean() == pytest.approx(0.8, abs=0.1)
 
 
-def test_batches_hold_every_sentence_once_and_one_length_each():
-    lengths = [5, 6, 5, 7, 5, 6, 7, 7]
-    found = pretraining.batches(lengths, 2, seed=0, epoch=0)
-    assert sorted(number for batch in found for number in batch) == list(range(8))
-    assert all(len({lengths[number] for number in batch}) == 1 for batch in found)
-    assert found != pretraining.batches(lengths, 2, seed=0, epoch=1)
-
-
 def test_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     monkeypatch.setattr(pretraining, "SHAPE", {**pretraining.SHAPE, **tiny})

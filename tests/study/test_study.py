@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SCANS
 from helpers import planted_texts, write_planted_task
 
 from healing_utils import load_results
@@ -41,21 +40,6 @@ def test_a_stage_s_table_has_a_row_a_cell_and_the_columns_of_the_contract(finish
         assert read.equals(table) and has_stage(finished.study.run_folder, stage)
         assert list(read["layers"].map(type).unique()) == [tuple]
     assert (finished.tables["recovery"]["train_size"] == 32).all()
-
-
-def test_tables_say_what_each_scanned_cell_was(finished):
-    scans = finished.tables["scans"]
-    assert set(scans["scan"]) == set(SCANS) - {"shown"}
-
-    def told(scan, *columns):
-        return set(scans[scans["scan"] == scan][list(columns)].itertuples(index=False, name=None))
-
-    assert told("kinds", "kind", "strength") == {("noise", 0.5), ("prune", 0.9)}
-    assert told("price", "state", "train_size") == {
-        (state, size) for state in ("intact", "scratch") for size in (16, 32)
-    }
-    assert told("rates", "epochs", "learning_rate") == {(2.0, 1e-4), (2.0, 1e-3)}
-    assert told("recipes", "recipe") == {("drop",), ("distillation",)}
 
 
 def test_a_stage_that_is_not_there_is_named(tmp_path):
