@@ -25,6 +25,20 @@ class Parser(argparse.ArgumentParser):
         return f"{super().format_help()}\n{describe_parameters()}"
 
 
+def _profiles(**_: object) -> list[str]:
+    from healing_utils.run.profiles import notebook_folder
+
+    return sorted(path.stem for path in notebook_folder().glob("profiles/*.y*ml"))
+
+
+def _names(prefix: str, **_: object) -> list[str]:
+    """Of parameters, where the word before is ``-p``: behind a name comes its value."""
+    from healing_utils.study.parameters import Parameters
+
+    before = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].removesuffix(prefix)
+    return list(Parameters.model_fields) if before.split()[-1] == "-p" else []
+
+
 def parser() -> Parser:
     """The arguments of all commands."""
     top = Parser(prog="healing", description="Break a language model, heal it.")
@@ -35,12 +49,15 @@ def parser() -> Parser:
     status = commands.add_parser("status", help="show done and missing cells, also while it runs")
     report = commands.add_parser("report", help="draw a run's analysis and page again")
     for one in (run, plan):
-        one.add_argument("profile", metavar="PROFILE", help="quick, minilm, ... or a YAML file")
+        profile = one.add_argument(
+            "profile", metavar="PROFILE", help="quick, minilm, ... or a YAML file"
+        )
         one.add_argument("--out", metavar="DIR", help="run's folder (default data/runs/PROFILE)")
-        one.add_argument(
+        parameter = one.add_argument(
             "-p", dest="parameters", nargs=2, action="append", default=[],
             metavar=("NAME", "VALUE"), help="set a parameter, as in -p levels [1/6,1/2]",
         )  # fmt: skip
+        profile.completer, parameter.completer = _profiles, _names  # for a shell's Tab
         one.add_argument("--shard", metavar="I/N", help="only that share of the cells: 2/8, say")
     executors = "workers (processes here), in-process or ray"
     run.add_argument("--executor", metavar="NAME", default="workers", help=executors)
@@ -83,7 +100,12 @@ def answer(command: str, given: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 2 wrong input, or a cell or notebook failed, 130
     stopped."""
-    given = vars(parser().parse_args(arguments))
+    top = parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        import argcomplete
+
+        argcomplete.autocomplete(top)
+    given = vars(top.parse_args(arguments))
     if "parameters" in given:
         given["parameters"] = dict(given["parameters"])
     try:

@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, total: int, label: str, unit: str = "it"):
         self.total, self.label, self.unit = total, label, unit
-        self.done, self.note = 0, ""
+        self.done, self.found, self.note = 0, 0, ""
         self.start = self.last = time.monotonic()
         self._every, self._show = self._where_to(os.environ.get("HEALING_PROGRESS"))
 
@@ -46,11 +46,14 @@ class Progress:
     def _text(self) -> str:
         width, spent = max(60, 77 - len(self.note)), time.monotonic() - self.start
         about = {"ncols": width, "prefix": self.label, "unit": self.unit}
+        about["initial"] = self.found
         return f"{tqdm.format_meter(self.done, self.total, spent, **about)}  {self.note}".rstrip()
 
-    def update(self, n: int = 1, note: str | None = None) -> None:
-        """`n` units more; `note` is shown after the numbers, for example the current score."""
+    def update(self, n: int = 1, note: str | None = None, found: bool = False) -> None:
+        """`n` units more, which took no time where they were `found`; `note` is shown after the
+        numbers, for example the current score."""
         self.done += n
+        self.found += n * found
         self.note = self.note if note is None else note
         if time.monotonic() - self.last > self._every:
             self.last = time.monotonic()

@@ -16,6 +16,7 @@ from torch import nn
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
+from healing_utils.base.paths import reach_hub
 from healing_utils.healing.encoders import parse_seed, pieces
 
 HEADS = ("first", "mean")
@@ -87,6 +88,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
     try:
         utils.validate_repo_id(model)
+        reach_hub("models", model)
         config = cached_file(model, "config.json", revision=revision)  # explains what is not there
         wanted = ["config.json", *WEIGHTS, *TOKENIZER]
         snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")

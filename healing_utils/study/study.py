@@ -81,9 +81,7 @@ class Study:
                 f"task {name}: {what}, {len(data.pool) if size is None else size:,} training "
                 f"examples, {len(data.test):,} scored, metric {data.metric}{unread}"
             )
-            for model in p["model"]:
-                if note := reading_note(self.tokenizer(model), data.test.texts):
-                    lines.append(f"model {model} reads task {name} in {note}")
+        lines += self.reading_notes()
         if p["head"] != "first":
             lines.append(f"head: reads the {p['head']} over all tokens")
         for name, scan in p["scans"].items():
@@ -97,6 +95,16 @@ class Study:
             f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}"
         )
         return "\n".join(lines)
+
+    def reading_notes(self) -> list[str]:
+        """A line for every model whose vocabulary is not made for a task's texts."""
+        tasks, models = self.parameters["task"], self.parameters["model"]
+        return [
+            f"model {model} reads task {task} in {note}"
+            for task in tasks
+            for model in models
+            if (note := reading_note(self.tokenizer(model), self.task(task).test.texts))
+        ]
 
     def run(self, stage: str, plan: bool = True) -> pd.DataFrame:
         """Compute the stage's missing cells and return its table.
@@ -130,7 +138,8 @@ class Study:
         if executor is None and workers == 1:  # so that no further process is on its GPU
             executor = "in-process"
         with Progress(len(each), what, unit="cell") as bar, contextlib.ExitStack() as opened:
-            bar.update(len(each) - len(todo), note=f"{len(each) - len(todo)} found finished")
+            found = len(each) - len(todo)
+            bar.update(found, note=f"{found} found finished", found=True)
             if not todo:
                 return
             note = functools.partial(bar.update, 0)

@@ -29,6 +29,7 @@ import pyarrow.parquet
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
+from healing_utils.base.paths import reach_hub
 
 METRICS = ("f1", "accuracy", "matthews", "spearman")
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
@@ -41,6 +42,7 @@ TEXT_COLUMNS = (
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score")
 MOST_CLASSES = 10_000
+MOST_BYTES = 2 << 30  # of the columns read from a Parquet file, whose kilobytes can stand for more
 # What stands for a missing number or text in a CSV file; among classes it is one, unless empty.
 MISSING = {"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none"}
 
@@ -268,6 +270,7 @@ def _of_hub(name: str, task: Task | None, revision: str | None) -> list[Source]:
     datasets.disable_progress_bars()
     hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
     with _said(f"cannot load data set {name!r} from the hub, and no such folder is here"):
+        reach_hub("datasets", hub, datasets.config.HF_DATASETS_CACHE)
         found = datasets.load_dataset(hub, config or None, revision=revision)
     wanted = (task.scored,) if task else SCORED
     splits = [split for split in ("train", *wanted) if split in found]
@@ -300,7 +303,7 @@ def _read(path: Path) -> Source:
     """A file as it is now; handed over open, since libraries read patterns into a path."""
     with _said(f"cannot read {path}"), path.open("rb") as file:
         if path.suffix == ".parquet":
-            return _arrow(str(path), pyarrow.parquet.read_table(file))
+            return _parquet(path, pyarrow.parquet.read_schema(file))
         start = file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
         if b"\0" in start:
             raise ValueError("it is not text in UTF-8")
@@ -320,6 +323,28 @@ def _arrow(where: str, table: pa.Table) -> Source:
         return range(1, len(table) + 1), [table[column].to_pylist() for column in wanted]
 
     return Source(where, table.column_names, read, table.schema.metadata)
+
+
+def _parquet(path: Path, schema: pa.Schema) -> Source:
+    """Read by batches, so that what does not fit is noticed in time."""
+
+    def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
+        columns, size = [[] for _ in wanted], 0
+        with path.open("rb") as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            for batch in table.iter_batches(512, columns=list(dict.fromkeys(wanted))):
+                for values, name in zip(columns, wanted, strict=True):
+                    array = batch[name]
+                    if pa.types.is_dictionary(array.type):  # pandas' categories
+                        array = array.dictionary_decode()
+                    size += array.nbytes
+                    if size > MOST_BYTES:
+                        said = f"columns {', '.join(wanted)} are over {MOST_BYTES >> 20:,} MiB"
+                        raise ValueError(f"{said} once unpacked: keep fewer rows or shorter texts")
+                    values += array.to_pylist()
+        return range(1, len(columns[0]) + 1), columns
+
+    return Source(str(path), schema.names, read, schema.metadata)
 
 
 def _csv(path: Path) -> Source:

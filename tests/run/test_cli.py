@@ -1,6 +1,7 @@
 """The command line: exit codes, one line for what was wrong, and a light status."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +39,30 @@ def test_help_names_every_parameter_and_the_version_is_told(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"healing {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("healing run qu", ["quick "]),
+        ("healing plan quick -p lev", ["levels "]),
+        ("healing run quick -p task lev", []),  # a value
+        ("healing run quick -p seeds 0 -p probe_l", ["probe_levels "]),
+    ],
+)
+def test_a_shell_completes_profiles_and_names_of_parameters_without_torch(line, found, tmp_path):
+    pytest.importorskip("argcomplete")
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words"),
+             "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}  # fmt: skip
+    code = (
+        "import os, sys\n"
+        "leave, os._exit = os._exit, lambda code: leave(9 if 'torch' in sys.modules else code)\n"
+        "from healing_utils.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "words").read_text().split("\n") == (found or [""])
 
 
 @pytest.mark.parametrize(

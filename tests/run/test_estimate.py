@@ -127,9 +127,11 @@ def test_the_command_prints_the_plan_and_keeps_the_estimate(
     assert len(json.loads((out / estimate.ESTIMATE).read_text())) == 13
     assert [path.name for path in out.iterdir()] == [estimate.ESTIMATE]  # nothing was run
     there = known[1].run_folder
+    monkeypatch.setattr("healing_utils.study.study.reading_note", lambda *_: "5 pieces")
     kept = (there / estimate.ESTIMATE).read_bytes()
     for shard, cells in ((), "13"), (("--shard", "1/1000"), "0"):
         assert cli.main(["plan", str(profile), "--out", str(there), *shard]) == 0
-        *_, whole, _, last = capsys.readouterr().out.splitlines()
+        _, note, *_, whole, _, last = capsys.readouterr().out.splitlines()
+        assert re.fullmatch("model .* reads task .* in 5 pieces", note)
         assert whole.split()[:3] == ["all", cells, "0"] and last == "everything is done"
     assert (there / estimate.ESTIMATE).read_bytes() == kept  # what it is compared with

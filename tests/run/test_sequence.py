@@ -30,6 +30,8 @@ class NoCells:
     close = compute = lambda self, *asked: self.asked.append(asked)
     keep_plans = lambda self: Study.keep_parameters(self) or []  # noqa: E731
 
+    reading_notes = lambda _: ["model a reads task b in pieces"]  # noqa: E731
+
     def __init__(self, parameters):
         self.given, self.run_folder = parameters, Path(parameters["run"])
         self.store = Store(self.run_folder)
@@ -80,6 +82,7 @@ def test_notebooks_run_in_order_a_failure_is_told_and_the_same_call_goes_on(
     outputs = [output.text for cell in executed.cells[1:] for output in cell.outputs]
     shown = capfd.readouterr().err
     assert outputs == ["a result\n"] and "a bar on the terminal" in shown and "[1/2]" in shown
+    assert shown.count("model a reads task b in pieces\n") == 1  # before any cell
     (out / "mended").touch()
     assert sequence.run("small", out) == str(out / "index.html")
     assert names(out) == ["01_good.ipynb", "02_fails.ipynb"] and (out / "after.txt").exists()

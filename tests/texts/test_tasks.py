@@ -6,16 +6,23 @@ import csv
 import gzip
 import json
 import os
+import socket
+import time
+import tracemalloc
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import planted_texts, write_planted_task
+from huggingface_hub import constants
 
 from healing_utils import organism
+from healing_utils.base import paths
 from healing_utils.base.errors import HealingError
+from healing_utils.texts import tasks
 from healing_utils.texts.tasks import REGISTRY, Split, TaskData, load_task
 
 NAMES = datasets.ClassLabel(names=["negative", "positive"])
@@ -101,6 +108,22 @@ def test_where_all_test_labels_are_hidden_the_validation_split_is_scored(fake_hu
     message = refused("of someone/unlabelled, test are missing or hidden: name a folder",
                       "someone/unlabelled")  # fmt: skip
     assert "test.csv" in message
+
+
+def test_without_a_network_a_name_that_is_no_folder_is_refused_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setattr(paths, "getproxies", dict)
+    start = time.monotonic()
+    refused("no such folder is here: 127.0.0.1 cannot be reached .*refused", "reviews/train")
+    assert time.monotonic() - start < 5
+    (tmp_path / "datasets--reviews--train").mkdir()  # of what is in the cache nothing is asked
+    paths.reach_hub("datasets", "reviews/train")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        paths.reach_hub("models", "owner/name")
 
 
 def test_names_that_stand_for_nothing(fake_hub, tmp_path):
@@ -253,6 +276,23 @@ def test_parquet_columns_of_any_type_hold_labels(tmp_path, array):
     pq.write_table(pa.table({"text": texts, "label": array}), tmp_path / "t.parquet")
     data = load_task(str(tmp_path / "t.parquet"))
     assert [data.classes[label] for label in data.pool.labels] == data.pool.texts
+
+
+@pytest.mark.parametrize("stored", [True, False])  # as a column of categories, or of strings
+def test_a_small_parquet_file_that_is_huge_in_memory_is_refused_in_time(
+    tmp_path, monkeypatch, stored
+):
+    monkeypatch.setattr(tasks, "MOST_BYTES", 200 << 20)
+    text = pa.DictionaryArray.from_arrays(np.zeros(1_000_000, np.int32), ["x" * 100_000])
+    columns = pa.table({"text": text, "label": np.arange(1_000_000) % 2})  # 100 GB
+    pq.write_table(columns, tmp_path / "t.parquet", store_schema=stored)
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+    tracemalloc.start()
+    message = refused("cannot read .*t.parquet: columns text, label are over 200 MiB once unpacked",
+                      tmp_path / "t.parquet")  # fmt: skip
+    assert "keep fewer rows" in message and tracemalloc.get_traced_memory()[1] < 300 << 20
+    tracemalloc.stop()
+    assert pa.total_allocated_bytes() < 200 << 20
 
 
 def test_columns_may_be_called_anything_but_the_same(tmp_path):
