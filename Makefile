@@ -39,7 +39,7 @@ study: $(READY)  ## Run the study on the model organism; the last line names its
 ON_NOTEBOOKS := tests/run tests/analysis/test_shipped.py
 test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k name" for some)
 	@$(MAKE) $(VENV)/.cluster || echo "Ray cannot be installed: tests on its cluster are skipped"
-	@runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
+	@runs=$$(mktemp -d); beside=; trap 'kill $$beside 2>/dev/null || true; rm -rf "$$runs"' EXIT; \
 	$(BIN)/python tests/finished_cells.py "$$runs/quick"; \
 	export HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet; failed=0; \
 	$(BIN)/python -m pytest notebooks $(ON_NOTEBOOKS) --nbval-lax --nbval-current-env \

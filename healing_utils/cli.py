@@ -36,6 +36,7 @@ def _names(prefix: str, **_: object) -> list[str]:
     from healing_utils.study.parameters import Parameters
 
     before = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].removesuffix(prefix)
+    before = before.rstrip("'\"")  # a quote that was opened
     return list(Parameters.model_fields) if before.split()[-1] == "-p" else []
 
 

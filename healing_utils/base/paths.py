@@ -39,25 +39,26 @@ def run_folder(run: str | Path) -> Path:
     return project_root() / run if own else Path.cwd() / run
 
 
-def reach_hub(kind: str, name: str, *caches: str | Path) -> None:
+def reach_hub(kind: str, name: str, *kept: Path) -> None:
     """Raise HealingError where the ``datasets`` or ``models`` called `name` are neither in the
-    hub's cache, or another of the `caches`, nor can the hub be reached: its library would try for
-    half a minute. Three connections may fail, as those of a flaky network do; downloads have the
-    library's own tries. Through a proxy nothing is asked."""
+    hub's cache, or `kept` in another, nor can the hub be reached: its library would try for half a
+    minute. Three connections may fail, as those of a flaky network do; downloads have the library's
+    own tries. Through a proxy nothing is asked."""
     from huggingface_hub import constants
 
-    cached = [Path(constants.HF_HUB_CACHE, "--".join([kind, *name.split("/")]))]
-    cached += [Path(cache, name.replace("/", "___")) for cache in caches]
-    if constants.HF_HUB_OFFLINE or getproxies() or any(map(Path.exists, cached)):
+    cached = [Path(constants.HF_HUB_CACHE, "--".join([kind, *name.split("/")])), *kept]
+    proxies = getproxies().keys() - {"no"}
+    if constants.HF_HUB_OFFLINE or proxies or any(map(Path.exists, cached)):
         return
-    hub = urlsplit(constants.ENDPOINT)
+    hub, start = urlsplit(constants.ENDPOINT), time.monotonic()
     for left in (2, 1, 0):
         try:
             where = hub.hostname, hub.port or {"http": 80}.get(hub.scheme, 443)
             return socket.create_connection(where, timeout=3).close()
         except OSError as error:
-            if not left:
-                raise HealingError(f"{hub.hostname} cannot be reached ({error})") from error
+            if not left or time.monotonic() - start > 5:  # a name may have many addresses
+                where = hub.hostname or constants.ENDPOINT
+                raise HealingError(f"{where} cannot be reached ({error})") from error
             time.sleep(0.5)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,17 @@ class Study:
         return "\n".join(lines)
 
     def reading_notes(self) -> list[str]:
-        """A line for every model whose vocabulary is not made for a task's texts."""
-        tasks, models = self.parameters["task"], self.parameters["model"]
-        return [
-            f"model {model} reads task {task} in {note}"
-            for task in tasks
-            for model in models
-            if (note := reading_note(self.tokenizer(model), self.task(task).test.texts))
-        ]
+        """A line for every model whose vocabulary is not made for a task's texts. Raises
+        HealingError where its tokenizer cannot read them."""
+        lines = []
+        for task, model in product(self.parameters["task"], self.parameters["model"]):
+            tokenizer, texts = self.tokenizer(model), self.task(task).test.texts
+            try:
+                note = reading_note(tokenizer, texts)
+            except Exception as error:  # the tokenizers' own are plain ones
+                raise HealingError(f"model {model} cannot read task {task}: {error}") from error
+            lines += [f"model {model} reads task {task} in {note}"] if note else []
+        return lines
 
     def run(self, stage: str, plan: bool = True) -> pd.DataFrame:
         """Compute the stage's missing cells and return its table.

@@ -270,7 +270,9 @@ def _of_hub(name: str, task: Task | None, revision: str | None) -> list[Source]:
     datasets.disable_progress_bars()
     hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
     with _said(f"cannot load data set {name!r} from the hub, and no such folder is here"):
-        reach_hub("datasets", hub, datasets.config.HF_DATASETS_CACHE)
+        owner, _, own = hub.rpartition("/")
+        kept = f"{owner}___{datasets.naming.camelcase_to_snakecase(own)}"
+        reach_hub("datasets", hub, Path(datasets.config.HF_DATASETS_CACHE, kept))
         found = datasets.load_dataset(hub, config or None, revision=revision)
     wanted = (task.scored,) if task else SCORED
     splits = [split for split in ("train", *wanted) if split in found]
@@ -332,16 +334,20 @@ def _parquet(path: Path, schema: pa.Schema) -> Source:
         columns, size = [[] for _ in wanted], 0
         with path.open("rb") as file:
             table = pyarrow.parquet.ParquetFile(file)
-            for batch in table.iter_batches(512, columns=list(dict.fromkeys(wanted))):
-                for values, name in zip(columns, wanted, strict=True):
-                    array = batch[name]
-                    if pa.types.is_dictionary(array.type):  # pandas' categories
-                        array = array.dictionary_decode()
-                    size += array.nbytes
-                    if size > MOST_BYTES:
-                        said = f"columns {', '.join(wanted)} are over {MOST_BYTES >> 20:,} MiB"
-                        raise ValueError(f"{said} once unpacked: keep fewer rows or shorter texts")
-                    values += array.to_pylist()
+            for values, name in zip(columns, wanted, strict=True):
+                # Every batch brings all of pandas' categories: of these, batches are few.
+                coded = pa.types.is_dictionary(schema.field(name).type)
+                for batch in table.iter_batches(1 << 16 if coded else 512, columns=[name]):
+                    for start in range(0, len(batch), 512):
+                        array = batch[name].slice(start, 512)
+                        array = array.dictionary_decode() if coded else array
+                        size += array.nbytes + 64 * len(array)  # Python's own share
+                        if size > MOST_BYTES:
+                            raise ValueError(
+                                f"columns {', '.join(wanted)} are over {MOST_BYTES >> 20:,} MiB "
+                                "once unpacked: keep fewer rows or shorter texts"
+                            )
+                        values += array.to_pylist()
         return range(1, len(columns[0]) + 1), columns
 
     return Source(str(path), schema.names, read, schema.metadata)

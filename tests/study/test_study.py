@@ -214,3 +214,12 @@ def test_what_stops_a_run_gives_its_claims_back(tiny, monkeypatch):
         study.compute(plans, "baseline")
     assert not list((study.run_folder / "claims").iterdir())
     assert not list(study.run_folder.rglob("*.tmp"))
+
+
+def test_a_tokenizer_that_cannot_read_is_named_before_anything_runs(finished, monkeypatch):
+    def tokenizer(texts, **_):
+        raise Exception("Missing [UNK] token from the vocabulary")  # tokenizers' own are no others
+
+    monkeypatch.setattr(finished.study, "tokenizer", lambda model: tokenizer)
+    with pytest.raises(HealingError, match=r"model .* cannot read task .*: Missing \[UNK\]"):
+        finished.study.reading_notes()

@@ -86,6 +86,7 @@ def fake_hub(monkeypatch):
         return datasets.DatasetDict(known[name, config])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(tasks, "reach_hub", lambda *_: None)
     return asked
 
 
@@ -114,7 +115,7 @@ def test_without_a_network_a_name_that_is_no_folder_is_refused_in_seconds(tmp_pa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
-    monkeypatch.setattr(paths, "getproxies", dict)
+    monkeypatch.setattr(paths, "getproxies", lambda: {"no": "localhost"})
     start = time.monotonic()
     refused("no such folder is here: 127.0.0.1 cannot be reached .*refused", "reviews/train")
     assert time.monotonic() - start < 5
@@ -293,6 +294,11 @@ def test_a_small_parquet_file_that_is_huge_in_memory_is_refused_in_time(
     assert "keep fewer rows" in message and tracemalloc.get_traced_memory()[1] < 300 << 20
     tracemalloc.stop()
     assert pa.total_allocated_bytes() < 200 << 20
+    # Short texts take more than their letters.
+    text = pa.DictionaryArray.from_arrays(np.zeros(1_000_000, np.int32), ["ok"])
+    pq.write_table(pa.table({"text": text, "label": columns["label"]}), tmp_path / "t.parquet")
+    monkeypatch.setattr(tasks, "MOST_BYTES", 50 << 20)
+    refused("are over 50 MiB once unpacked", tmp_path / "t.parquet")
 
 
 def test_columns_may_be_called_anything_but_the_same(tmp_path):
