@@ -26,9 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def _profiles(**_: object) -> list[str]:
-    from healing_utils.run.profiles import notebook_folder
+    from healing_utils.run.profiles import known_profiles
 
-    return sorted(path.stem for path in notebook_folder().glob("profiles/*.y*ml"))
+    return list(known_profiles())
 
 
 def _names(prefix: str, **_: object) -> list[str]:

@@ -243,8 +243,8 @@ def load_changes(run: str | Path, stage: str = "corruption") -> pd.DataFrame:
 def load_neurons(run: str | Path, what: str) -> pd.DataFrame:
     """What the stage `neurons` found beside its table, a row each, beside what names the cell:
     ``by_layer`` (``layer count share`` of the minimal set), ``curve`` (``k share which accuracy``),
-    ``ablation`` (``k share which score metric``), ``agreement`` (``first second spearman
-    overlap``) or ``strongest`` (``rank layer neuron``)."""
+    ``ablation`` (``k share which score metric``) or ``agreement`` (``first second spearman
+    overlap``)."""
 
     def by_share(r: Record) -> list[Record]:
         return [row | {"share": row["k"] / r["neurons"]} for row in r[what]]
@@ -259,10 +259,6 @@ def load_neurons(run: str | Path, what: str) -> pd.DataFrame:
         "agreement": lambda r: [
             {("overlap" if n.startswith("overlap") else n): v for n, v in row.items()}
             for row in r["agreement"]
-        ],
-        "strongest": lambda r: [
-            {"rank": i, "layer": layer, "neuron": neuron}
-            for i, (layer, neuron) in enumerate(r["strongest"])
         ],
     }
     choose(what, read, "table of the neurons")

@@ -2,13 +2,8 @@
 
 import os
 import re
-import socket
-import time
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from healing_utils.base.errors import HealingError
 from healing_utils.base.records import digest
 
 
@@ -37,29 +32,6 @@ def run_folder(run: str | Path) -> Path:
         return Path(os.path.expanduser(elsewhere)).resolve().joinpath(*run.parts[2:])
     own = run.parts[:2] in (("data", "runs"), ("data", "results"))
     return project_root() / run if own else Path.cwd() / run
-
-
-def reach_hub(kind: str, name: str, *kept: Path) -> None:
-    """Raise HealingError where the ``datasets`` or ``models`` called `name` are neither in the
-    hub's cache, or `kept` in another, nor can the hub be reached: its library would try for half a
-    minute. Three connections may fail, as those of a flaky network do; downloads have the library's
-    own tries. Through a proxy nothing is asked."""
-    from huggingface_hub import constants
-
-    cached = [Path(constants.HF_HUB_CACHE, "--".join([kind, *name.split("/")])), *kept]
-    proxies = getproxies().keys() - {"no"}
-    if constants.HF_HUB_OFFLINE or proxies or any(map(Path.exists, cached)):
-        return
-    hub, start = urlsplit(constants.ENDPOINT), time.monotonic()
-    for left in (2, 1, 0):
-        try:
-            where = hub.hostname, hub.port or {"http": 80}.get(hub.scheme, 443)
-            return socket.create_connection(where, timeout=3).close()
-        except OSError as error:
-            if not left or time.monotonic() - start > 5:  # a name may have many addresses
-                where = hub.hostname or constants.ENDPOINT
-                raise HealingError(f"{where} cannot be reached ({error})") from error
-            time.sleep(0.5)
 
 
 def shown_folder(folder: Path) -> str:

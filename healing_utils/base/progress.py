@@ -15,11 +15,12 @@ LOG_EVERY = 15.0  # seconds between lines in a batch log, where a bar cannot be 
 
 
 class Progress:
-    """A bar of `total` units: ``with Progress(12, "cells", unit="cell") as bar: bar.update(1)``."""
+    """A bar of `total` units: ``with Progress(12, "cells", unit="cell") as bar: bar.update(1)``.
+    Those `found` done at the start took no time, and say nothing of what is left."""
 
-    def __init__(self, total: int, label: str, unit: str = "it"):
-        self.total, self.label, self.unit = total, label, unit
-        self.done, self.found, self.note = 0, 0, ""
+    def __init__(self, total: int, label: str, unit: str = "it", found: int = 0):
+        self.total, self.label, self.unit, self.found = total, label, unit, found
+        self.done, self.note = found, ""
         self.start = self.last = time.monotonic()
         self._every, self._show = self._where_to(os.environ.get("HEALING_PROGRESS"))
 
@@ -45,15 +46,12 @@ class Progress:
 
     def _text(self) -> str:
         width, spent = max(60, 77 - len(self.note)), time.monotonic() - self.start
-        about = {"ncols": width, "prefix": self.label, "unit": self.unit}
-        about["initial"] = self.found
+        about = {"ncols": width, "prefix": self.label, "unit": self.unit, "initial": self.found}
         return f"{tqdm.format_meter(self.done, self.total, spent, **about)}  {self.note}".rstrip()
 
-    def update(self, n: int = 1, note: str | None = None, found: bool = False) -> None:
-        """`n` units more, which took no time where they were `found`; `note` is shown after the
-        numbers, for example the current score."""
+    def update(self, n: int = 1, note: str | None = None) -> None:
+        """`n` units more; `note` is shown after the numbers, for example the current score."""
         self.done += n
-        self.found += n * found
         self.note = self.note if note is None else note
         if time.monotonic() - self.last > self._every:
             self.last = time.monotonic()

@@ -16,7 +16,7 @@ from torch import nn
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
-from healing_utils.base.paths import reach_hub
+from healing_utils.base.hub import reach_hub
 from healing_utils.healing.encoders import parse_seed, pieces
 
 HEADS = ("first", "mean")

@@ -66,7 +66,7 @@ def harm_curves(table: pd.DataFrame):
     layers hit: from broken, not trained again, to healed by full fine-tuning."""
     table = plots.titled(plots.usable(table, "retained"), "task", "model")
     broken = table["state"] == "broken"
-    where = table["level"].map(lambda x: "all layers" if x == 1 else plots.place("", x).strip())
+    where = table["level"].map(lambda x: plots.place("all" if x == 1 else "", x).strip())
     table = table.assign(
         **{end: table[end].mask(broken) for end in ("retained_low", "retained_high")},
         worst=-table.groupby("harm")["retained"].transform("min"),

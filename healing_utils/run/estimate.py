@@ -43,7 +43,7 @@ def plan(profile: str, out: str | None, parameters: dict[str, str], shard: str |
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     at_once = max(1, min(settled["workers"], cores // settled["threads"]))
     whose = f"shard {shard} of " if shard else ""
-    lines = [f"Plan of {whose}profile {profile} in {study.run_folder}", *study.reading_notes()]
+    lines = [f"Plan of {whose}profile {profile} in {study.run_folder}", *study.vocabulary_notes()]
     lines.append(ROW.format("stage", "cells", "left", *WORK, "time"))
     for stage in (*table["stage"].unique(), "all"):
         rows = table[(table["stage"] == stage) | (stage == "all")]

@@ -20,6 +20,11 @@ def notebook_folder() -> Path:
     return checkout if (checkout / "profiles").is_dir() else package / "_notebooks"
 
 
+def known_profiles() -> dict[str, Path]:
+    """The profiles that a name stands for."""
+    return {path.stem: path for path in sorted(notebook_folder().glob("profiles/*.y*ml"))}
+
+
 def sequence(parameters: Mapping[str, Any]) -> list[Path]:
     """The notebooks to run, in order: that of the organism only where it is studied on its own
     texts."""
@@ -51,7 +56,7 @@ def read_profile(profile: str | Path) -> dict[str, Any]:
     HealingError if there is no such profile or it is not a flat mapping."""
     path = Path(profile)
     if path.suffix not in (".yaml", ".yml"):
-        profiles = {p.stem: p for p in sorted(notebook_folder().glob("profiles/*.y*ml"))}
+        profiles = known_profiles()
         path = profiles[choose(str(profile), profiles, "profile")]
     if not path.is_file():
         raise HealingError(f"no such profile: {path}")

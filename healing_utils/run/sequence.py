@@ -59,7 +59,7 @@ def run(
     target, what = Path(settled["run"]), f"shard {shard}" if shard else "all stages"
     cells = study.keep_plans()  # and the parameters; the first that is written
     say(f"Profile {profile}, {what}, in {target}")
-    say("\n".join(study.reading_notes()))
+    say("\n".join(study.vocabulary_notes()))
     mine = profiles.share(cells, shard)
     study.compute(mine, what, executor, address)
     study.close()

@@ -82,7 +82,7 @@ class Study:
                 f"task {name}: {what}, {len(data.pool) if size is None else size:,} training "
                 f"examples, {len(data.test):,} scored, metric {data.metric}{unread}"
             )
-        lines += self.reading_notes()
+        lines += self.vocabulary_notes()
         if p["head"] != "first":
             lines.append(f"head: reads the {p['head']} over all tokens")
         for name, scan in p["scans"].items():
@@ -97,7 +97,7 @@ class Study:
         )
         return "\n".join(lines)
 
-    def reading_notes(self) -> list[str]:
+    def vocabulary_notes(self) -> list[str]:
         """A line for every model whose vocabulary is not made for a task's texts. Raises
         HealingError where its tokenizer cannot read them."""
         lines = []
@@ -141,9 +141,9 @@ class Study:
         workers, failures = self.parameters["workers"], []
         if executor is None and workers == 1:  # so that no further process is on its GPU
             executor = "in-process"
-        with Progress(len(each), what, unit="cell") as bar, contextlib.ExitStack() as opened:
-            found = len(each) - len(todo)
-            bar.update(found, note=f"{found} found finished", found=True)
+        found = len(each) - len(todo)
+        with Progress(len(each), what, "cell", found) as bar, contextlib.ExitStack() as opened:
+            bar.update(0, note=f"{found} found finished")
             if not todo:
                 return
             note = functools.partial(bar.update, 0)

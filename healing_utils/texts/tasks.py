@@ -29,7 +29,7 @@ import pyarrow.parquet
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
-from healing_utils.base.paths import reach_hub
+from healing_utils.base.hub import reach_hub
 
 METRICS = ("f1", "accuracy", "matthews", "spearman")
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
@@ -335,22 +335,25 @@ def _parquet(path: Path, schema: pa.Schema) -> Source:
         with path.open("rb") as file:
             table = pyarrow.parquet.ParquetFile(file)
             for values, name in zip(columns, wanted, strict=True):
-                # Every batch brings all of pandas' categories: of these, batches are few.
-                coded = pa.types.is_dictionary(schema.field(name).type)
-                for batch in table.iter_batches(1 << 16 if coded else 512, columns=[name]):
-                    for start in range(0, len(batch), 512):
-                        array = batch[name].slice(start, 512)
-                        array = array.dictionary_decode() if coded else array
-                        size += array.nbytes + 64 * len(array)  # Python's own share
-                        if size > MOST_BYTES:
-                            raise ValueError(
-                                f"columns {', '.join(wanted)} are over {MOST_BYTES >> 20:,} MiB "
-                                "once unpacked: keep fewer rows or shorter texts"
-                            )
-                        values += array.to_pylist()
+                for piece in _unpacked(table, name):
+                    size += piece.nbytes + 64 * len(piece)  # Python's own share
+                    if size > MOST_BYTES:
+                        said = f"columns {', '.join(wanted)} are over {MOST_BYTES >> 20:,} MiB"
+                        raise ValueError(f"{said} once unpacked: keep fewer rows or shorter texts")
+                    values += piece.to_pylist()
         return range(1, len(columns[0]) + 1), columns
 
     return Source(str(path), schema.names, read, schema.metadata)
+
+
+def _unpacked(table: pyarrow.parquet.ParquetFile, name: str) -> Iterator[pa.Array]:
+    """A column by pieces of 512 values; with pandas' categories, of which every batch brings all,
+    batches are few."""
+    coded = pa.types.is_dictionary(table.schema_arrow.field(name).type)
+    for batch in table.iter_batches(1 << 16 if coded else 512, columns=[name]):
+        for start in range(0, len(batch), 512):
+            piece = batch[name].slice(start, 512)
+            yield piece.dictionary_decode() if coded else piece
 
 
 def _csv(path: Path) -> Source:

@@ -44,8 +44,7 @@ def test_a_log_gets_a_line_now_and_then_with_count_label_and_note(clock, capsys)
 
 
 def test_the_time_that_is_left_is_told_by_what_took_time(clock, capsys):
-    with Progress(120, "recovery", unit="cell") as bar:
-        bar.update(100, found=True)
+    with Progress(120, "recovery", unit="cell", found=100) as bar:
         clock.now += 20
         bar.update(10)
     assert "110/120 [00:20<00:20," in capsys.readouterr().err  # 10 took 20 s, 10 are left

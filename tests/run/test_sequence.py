@@ -30,7 +30,7 @@ class NoCells:
     close = compute = lambda self, *asked: self.asked.append(asked)
     keep_plans = lambda self: Study.keep_parameters(self) or []  # noqa: E731
 
-    reading_notes = lambda _: ["model a reads task b in pieces"]  # noqa: E731
+    vocabulary_notes = lambda _: ["model a reads task b in pieces"]  # noqa: E731
 
     def __init__(self, parameters):
         self.given, self.run_folder = parameters, Path(parameters["run"])

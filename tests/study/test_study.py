@@ -222,4 +222,4 @@ def test_a_tokenizer_that_cannot_read_is_named_before_anything_runs(finished, mo
 
     monkeypatch.setattr(finished.study, "tokenizer", lambda model: tokenizer)
     with pytest.raises(HealingError, match=r"model .* cannot read task .*: Missing \[UNK\]"):
-        finished.study.reading_notes()
+        finished.study.vocabulary_notes()

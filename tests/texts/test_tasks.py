@@ -20,7 +20,7 @@ from helpers import planted_texts, write_planted_task
 from huggingface_hub import constants
 
 from healing_utils import organism
-from healing_utils.base import paths
+from healing_utils.base import hub
 from healing_utils.base.errors import HealingError
 from healing_utils.texts import tasks
 from healing_utils.texts.tasks import REGISTRY, Split, TaskData, load_task
@@ -115,16 +115,16 @@ def test_without_a_network_a_name_that_is_no_folder_is_refused_in_seconds(tmp_pa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
-    monkeypatch.setattr(paths, "getproxies", lambda: {"no": "localhost"})
+    monkeypatch.setattr(hub, "getproxies", lambda: {"no": "localhost"})
     start = time.monotonic()
     refused("no such folder is here: 127.0.0.1 cannot be reached .*refused", "reviews/train")
     assert time.monotonic() - start < 5
     (tmp_path / "datasets--reviews--train").mkdir()  # of what is in the cache nothing is asked
-    paths.reach_hub("datasets", "reviews/train")
+    hub.reach_hub("datasets", "reviews/train")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-        paths.reach_hub("models", "owner/name")
+        hub.reach_hub("models", "owner/name")
 
 
 def test_names_that_stand_for_nothing(fake_hub, tmp_path):
