@@ -8,6 +8,10 @@ class HealingError(ValueError):
     """Input that cannot be used. The message is one line, meant to be shown without a traceback."""
 
 
+class Unwritable(HealingError):
+    """A result that cannot be kept, for a full disk say: there is no use in computing the next."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     by_lower = {str(a).lower(): str(a) for a in allowed}
     found = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)

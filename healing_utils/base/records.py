@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from healing_utils.base.errors import HealingError
+from healing_utils.base.errors import HealingError, Unwritable
 
 BEAT = 15.0  # seconds between heartbeats of a claim
 STALE = 120.0  # a claim without a heartbeat for so long belongs to a run that is gone
@@ -52,7 +52,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise HealingError(f"cannot write {path}: {_why(error)}") from error
+        raise Unwritable(f"cannot write {path}: {_why(error)}") from error
     finally:
         with contextlib.suppress(OSError):  # there only where the writing failed
             temporary.unlink()

@@ -118,16 +118,18 @@ def outcomes(
 
 
 def compute(make: Callable[[], Any], cell: Any, *on_step: Callable[..., None]) -> Exception | None:
-    """Compute a cell of the study that `make` gives; its error, with the traceback as a note."""
+    """Compute a cell of the study that `make` gives; its error, of which one that is not meant for
+    people has the traceback as a note."""
     try:
         make().record(cell, *on_step)
     except Exception as error:
-        trace = traceback.format_exc()
+        trace, for_people = traceback.format_exc(), isinstance(error, HealingError)
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # a library's own, which cannot travel between processes
             error = HealingError(f"{type(error).__name__}: {error}")
-        error.add_note(trace)
+        if not for_people:
+            error.add_note(trace)
         return error
     return None
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from healing_utils.analysis.results import table
-from healing_utils.base.errors import HealingError
+from healing_utils.base.errors import HealingError, Unwritable
 from healing_utils.base.paths import run_folder, shown_folder
 from healing_utils.base.progress import Progress
 from healing_utils.base.records import Store, canonical, read_json, set_aside, write_atomically
@@ -115,8 +115,8 @@ class Study:
 
         Cells that another run on the same folder is computing are waited for. `plan` makes these
         cells the stage's cells in this folder; without it they are computed beside them. Raises
-        HealingError where cells failed, after all others are done, and before any is computed where
-        the folder has records of a study with other parameters.
+        HealingError where cells failed, after all others are done, or at once where one cannot be
+        kept, and before any is computed where the folder has records of other parameters.
         """
         if {"levels", "layers", "scans"} & self.given.keys() and not has_records(self.run_folder):
             for other in ("recovery", "scans"):  # what no model has is refused at once
@@ -159,6 +159,8 @@ class Study:
             computed = pool.outcomes(self, todo, needs, backend, note)
             opened.enter_context(contextlib.closing(computed))  # no process goes on after a stop
             for cell, error in computed:
+                if isinstance(error, Unwritable):
+                    raise Unwritable(f"{cell.name}: {error}; finished cells are kept")
                 failures += [(cell, error)] if error else []
                 bar.update(1)
         for cell, error in failures:

@@ -203,15 +203,17 @@ def test_what_stops_a_run_gives_its_claims_back(tiny, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    study = tiny(seeds=0)
+    study = tiny(seeds=[0, 1, 2], workers=1)
     plans = study.plan("baseline")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(compute.COMPUTE, "intact", interrupted)
         study.compute(plans, "baseline")
     assert not list((study.run_folder / "claims").iterdir())
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(HealingError, match="1 of 1 cells .* cannot write .*No space left"):
+    tries = []
+    monkeypatch.setattr("os.fsync", lambda *_: tries.append(1) or full())
+    with pytest.raises(HealingError, match="seed 0: cannot write .*No space left.* are kept$"):
         study.compute(plans, "baseline")
+    assert len(tries) == 1  # the other seeds would be lost as well
     assert not list((study.run_folder / "claims").iterdir())
     assert not list(study.run_folder.rglob("*.tmp"))
 
