@@ -32,21 +32,16 @@ $(READY): requirements.lock pyproject.toml
 study: $(READY)  ## Run the study on the model organism; the last line names its page
 	@$(BIN)/healing run quick $(ARGS)
 
-# Two processes, of about as much work: what runs notebooks, told last, and all other tests. The
+# Three processes, as a test often waits, which share out whole files, the long ones first. The
 # notebooks compute cells again, in a folder of their own: results of an earlier run would make the
 # comparison compare nothing. Those of all seeds but one are found finished, for time.
-# (5: pytest found nothing that ARGS ask for, which one of the two may.)
-ON_NOTEBOOKS := tests/run tests/analysis/test_shipped.py
 test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k name" for some)
 	@$(MAKE) $(VENV)/.cluster || echo "Ray cannot be installed: tests on its cluster are skipped"
-	@runs=$$(mktemp -d); beside=; trap 'kill $$beside 2>/dev/null || true; rm -rf "$$runs"' EXIT; \
+	@runs=$$(mktemp -d); trap 'rm -rf "$$runs"' EXIT; \
 	$(BIN)/python tests/finished_cells.py "$$runs/quick"; \
-	export HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet; failed=0; \
-	$(BIN)/python -m pytest notebooks $(ON_NOTEBOOKS) --nbval-lax --nbval-current-env \
-	  --nbval-cell-timeout=1500 --timeout=1500 -p no:cacheprovider $(ARGS) > "$$runs/said" 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest tests $(addprefix --ignore=,$(ON_NOTEBOOKS)) $(ARGS) || { [ $$? = 5 ] || failed=1; }; \
-	wait $$beside || { [ $$? = 5 ] || failed=1; }; \
-	cat "$$runs/said"; exit $$failed
+	HEALING_RUNS="$$runs" HEALING_PROGRESS=quiet $(BIN)/python -m pytest --numprocesses=3 \
+	  --dist=loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=1500 --timeout=1500 notebooks tests/run tests/study tests $(ARGS)
 
 # Ray is large and few need it: it is installed when this is first asked for.
 $(VENV)/.cluster: $(READY) requirements-cluster.lock

@@ -27,7 +27,13 @@ def loopback_cluster(nodes: int) -> Iterator[Any]:
         patch.setenv("RAY_TMPDIR", scratch)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         Path(scratch, "ray").mkdir()
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        for left in (2, 1, 0):  # Ray gives a node half a minute, which a busy machine may take
+            try:
+                cluster = Cluster(True, head_node_args={**node, "include_dashboard": False})
+                break
+            except Exception:
+                if not left:
+                    raise
         for _ in range(nodes - 1):
             cluster.add_node(**node)
         cluster.wait_for_nodes()
