@@ -4,12 +4,23 @@ import difflib
 from collections.abc import Iterable
 
 
-class HealingError(ValueError):
+class OneLine(BaseException):
+    """What a notebook shows as one line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"{type(self).__name__}: {self}"]
+
+
+class HealingError(OneLine, ValueError):
     """Input that cannot be used. The message is one line, meant to be shown without a traceback."""
 
 
 class Unwritable(HealingError):
     """A result that cannot be kept, for a full disk say: there is no use in computing the next."""
+
+
+class Stopped(OneLine, KeyboardInterrupt):
+    """An interrupt while cells are computed."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self, total: int, label: str, unit: str = "it", found: int = 0):
         self.total, self.label, self.unit, self.found = total, label, unit, found
-        self.done, self.note = found, ""
+        self.done, self.note, self.between = found, "", "  "
         self.start = self.last = time.monotonic()
         self._every, self._show = self._where_to(os.environ.get("HEALING_PROGRESS"))
 
@@ -32,6 +32,7 @@ class Progress:
         if type(stream).__module__.startswith("ipykernel"):  # Jupyter's and Colab's kernels
             from IPython.display import display
 
+            self.between = "\n"  # a notebook is narrow
             shown = display({"text/plain": self._text()}, raw=True, display_id=True)
             return 0.5, lambda text: shown.update({"text/plain": text}, raw=True)
         if not stream.isatty():
@@ -47,7 +48,8 @@ class Progress:
     def _text(self) -> str:
         width, spent = max(60, 77 - len(self.note)), time.monotonic() - self.start
         about = {"ncols": width, "prefix": self.label, "unit": self.unit, "initial": self.found}
-        return f"{tqdm.format_meter(self.done, self.total, spent, **about)}  {self.note}".rstrip()
+        meter = tqdm.format_meter(self.done, self.total, spent, **about)
+        return f"{meter}{self.between}{self.note}".rstrip()
 
     def update(self, n: int = 1, note: str | None = None) -> None:
         """`n` units more; `note` is shown after the numbers, for example the current score."""

@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from healing_utils.base.errors import HealingError
+from healing_utils.base.errors import HealingError, Stopped
 
 LOSSES = 3  # processes that a cell may lose before it is reported: it may be what kills them
 LOOK = 0.2  # seconds between two looks for what another run has claimed
@@ -109,6 +109,9 @@ def outcomes(
                     error.add_note(str(failure))
                 pending.discard(cell.key)
                 yield cell, error
+    except KeyboardInterrupt:
+        backend.close()
+        raise Stopped("finished cells are kept, and the same call goes on from there") from None
     except BaseException:
         backend.close()
         raise

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 from helpers import planted_texts, write_planted_task
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 
 from healing_utils import load_results
 from healing_utils.analysis.results import has_stage, missing_cells
@@ -205,9 +207,16 @@ def test_what_stops_a_run_gives_its_claims_back(tiny, monkeypatch):
 
     study = tiny(seeds=[0, 1, 2], workers=1)
     plans = study.plan("baseline")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stop:
         patch.setitem(compute.COMPUTE, "intact", interrupted)
         study.compute(plans, "baseline")
+    shell = InteractiveShell.instance()
+    with capture_output() as shown:  # what a notebook shows: one line
+        shell.showtraceback((stop.type, stop.value, stop.tb))
+    assert (
+        shown.stdout.startswith("Stopped: finished cells are kept")
+        and "\n" not in shown.stdout[:-1]
+    )
     assert not list((study.run_folder / "claims").iterdir())
     tries = []
     monkeypatch.setattr("os.fsync", lambda *_: tries.append(1) or full())
