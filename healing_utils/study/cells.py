@@ -75,8 +75,8 @@ class Cell:
             if self.side == "custom":
                 words += ["layers", ",".join(map(str, self.layers))]
             elif self.side != "none":
-                words += [] if self.side == "all" else [self.side]
-                words.append(str(Fraction(self.level).limit_denominator(99)))
+                level = str(Fraction(self.level).limit_denominator(99))
+                words += ["all layers"] if self.side == "all" else [self.side, level]
             words.append(self.kind + ("" if self.strength is None else f"={self.strength:g}"))
             words += [w for w in (self.part, self.start) if w not in ("all", "pre-trained")]
             words += [f"by {self.recipe}"] if self.recipe != "full" else []
