@@ -204,12 +204,12 @@ def cut_profile(folder: Path) -> Path:
     given = project_root() / "notebooks" / "profiles" / "paper.yaml"
     profile = yaml.safe_load(given.read_text("utf-8"))
     profile |= {
-        "train_size": 64, "validation_size": 40, "test_size": 40, "evaluations": 4, "epochs": 1,
+        "train_size": 32, "validation_size": 16, "test_size": 24, "evaluations": 2, "epochs": 1,
         "threads": 1, "workers": 2, "device": "cpu", "max_length": 24, "seeds": [0, 1],
     }  # fmt: skip
     for scan in profile["scans"].values():
-        scan |= {"train_size": [16, 32, 64]} if "train_size" in scan else {}
-        scan |= {"epochs": 2, "evaluations": 8} if "epochs" in scan else {}
+        scan |= {"train_size": [8, 16, 32]} if "train_size" in scan else {}
+        scan |= {"epochs": 2, "evaluations": 4} if "epochs" in scan else {}
     path = folder / "rehearsal.yaml"
     path.write_text(yaml.safe_dump(profile))
     return path

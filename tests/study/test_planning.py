@@ -54,7 +54,8 @@ def test_a_kept_plan_names_its_cells(tiny):
     everything = study.keep_plans()
     model, task = study.parameters["model"][0], study.parameters["task"][0]
     names = {cell.name for cell in everything}
-    for said in ("healed bottom 1/3 reinit seed 0", "healed all layers reinit seed 1", "scratch seed 1"):
+    bottom, every = "healed bottom 1/3 reinit seed 0", "healed all layers reinit seed 1"
+    for said in (bottom, every, "scratch seed 1"):
         assert f"{model} {task} {said}" in names
     found = set()
     for stage in (*STAGES, "harms", "scans", "probing", "neurons"):
