@@ -104,7 +104,7 @@ badges:  ## Write the repository's address into the notebooks: make badges REPO=
 QUICK := $(addprefix tests/,test_house.py base texts organism study/test_parameters.py \
   run/test_cli.py run/test_profiles.py)
 check: $(READY)  ## Check format and style, and run the quick tests
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check healing_utils tests
+	@$(BIN)/ruff check healing_utils notebooks tests && $(BIN)/ruff format --check healing_utils tests
 	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest $(QUICK) $(ARGS)
 
 # The newest versions that pyproject.toml allows, except torch: a change of torch is a download of
