@@ -32,7 +32,7 @@ $(READY): requirements.lock pyproject.toml
 study: $(READY)  ## Run the study on the model organism; the last line names its page
 	@$(BIN)/healing run quick $(ARGS)
 
-# Three processes, as a test often waits, which share out whole files, the long ones first. The
+# Three processes share out whole files, those that run notebooks and studies first. The
 # notebooks compute cells again, in a folder of their own: results of an earlier run would make the
 # comparison compare nothing. Those of all seeds but one are found finished, for time.
 test: $(READY)  ## Run all tests, the committed notebooks included (ARGS="-k name" for some)

@@ -109,11 +109,10 @@ def outcomes(
                     error.add_note(str(failure))
                 pending.discard(cell.key)
                 yield cell, error
-    except KeyboardInterrupt:
+    except BaseException as stop:
         backend.close()
-        raise Stopped("finished cells are kept, and the same call goes on from there") from None
-    except BaseException:
-        backend.close()
+        if isinstance(stop, KeyboardInterrupt):
+            raise Stopped("finished cells are kept, and the same call goes on from there") from None
         raise
     finally:
         for claim in claims.values():
