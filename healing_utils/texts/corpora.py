@@ -7,16 +7,16 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.records import canonical, digest
-from healing_utils.texts.tasks import Split
+from healing_utils.texts.tasks import Split, one_line, text_lines
 
 # Where the ten fields of a CoNLL-U line (universaldependencies.org) have what can be probed.
 CONLLU = {"upos": 3, "xpos": 4, "lemma": 2, "deprel": 7, "head": 6, "feats": 5}
@@ -27,6 +27,8 @@ HELD_OUT = 0.2  # the share that is scored where the source has no test part
 MARK = re.compile(r"-DOCSTART-(\s|$)|#(begin|end) document")
 HEADER = re.compile(r"(word|token|form|text|tag|label|[ux]?pos|ner|chunk|lemma)s?(_\w+)?", re.I)
 Pairs = list[tuple[str, str]]  # a sentence while it is read: words with their labels
+# What is taken from a line, by its number and how many words of its sentence stand before it.
+Pick = Callable[[int, str, int], tuple[str, str] | None]
 
 
 class TaggedSentences(Split):
@@ -103,8 +105,8 @@ def load_corpus(
     The test part is the file `test`, or the source's own, or the file beside ``...-train...`` with
     ``test`` in its place. Else one distinct sentence in five is held out, by content alone.
 
-    Left out and counted in `Corpus.dropped`: empty sentences; in CoNLL-U the ranges of multiword
-    tokens (their words stay) and empty nodes; in the Penn Treebank traces; in files of columns the
+    Left out and counted in `Corpus.dropped`: sentences without words; in CoNLL-U the ranges of
+    multiword tokens (their words stay) and empty nodes; in the Penn Treebank traces; in files the
     marks of documents (`MARK`). Raises HealingError for what is not there, and for a malformed line
     or a header, naming file and line.
     """
@@ -115,33 +117,27 @@ def load_corpus(
         label, column = name, COLUMNS[name][0] if column is None else str(column)
         parts = _named(name, choose(column, COLUMNS[name], f"column of {name}"), dropped)
     else:
-        dropped["empty sentences"] = 0  # the first to be told
-        files = _files(name, test)
-        if len({file.suffix == ".conllu" for file in files}) > 1:
+        files, features = _files(name, test), set()
+        conllu = {file.suffix == ".conllu" for file in files}
+        if len(conllu) > 1:
             raise HealingError(f"{' and '.join(map(str, files))} differ in format")
         # What a table calls it: where the file lies is nobody else's business.
         label = re.sub(r"[-_.](ud[-_.])?train$", "", files[0].name.split(".")[0]) or name
-        if files[0].suffix == ".conllu":
-            column, features = "upos" if column is None else str(column), set()
-            pick = _conllu(column, dropped, features)
-            parts = [_read(file, pick, dropped) for file in files]
+        column = ("upos" if True in conllu else "last") if column is None else str(column)
+        parts = [_read(file, column, words, dropped, features) for file in files]
+        if True in conllu:
             choose(column, [*CONLLU, *sorted(features - {"_"})], f"column of {files[0]}")
-        else:
-            column = "last" if column is None else str(column)
-            parts = [_read(file, _columns(file, column, words), dropped) for file in files]
     tagged = [
         TaggedSentences(*([[pair[i] for pair in s] for s in part if s] for i in (0, 1)))
         for part in parts
     ]
-    dropped["empty sentences"] = sum(map(len, parts)) - sum(map(len, tagged))
+    dropped["empty sentences"] += sum(map(len, parts)) - sum(map(len, tagged))
     train, scored = tagged if len(tagged) == 2 else _hold_out(name, tagged[0])
-    for which, sentences in (("training", train), ("test", scored)):
-        if not len(sentences):
-            raise HealingError(f"corpus {name!r} has no {which} sentences")
+    if not (len(train) and len(scored)):
+        there = f"{len(train)} sentences to train on and {len(scored)} to score"
+        raise HealingError(f"corpus {name!r} has {there}: need some of both")
     if len(labels := set(chain.from_iterable(train.labels))) < 2:
-        raise HealingError(
-            f"corpus {name!r}: column {column!r} has one label only, {min(labels)!r}"
-        )
+        raise HealingError(f"corpus {name!r}: column {column!r} has only the label {min(labels)!r}")
     return Corpus(label, column, train, scored, {k: v for k, v in dropped.items() if v})
 
 
@@ -218,100 +214,74 @@ def _files(name: str, test: str | None) -> list[Path]:
     return [path, sibling] if sibling != path and sibling.is_file() else [path]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered; they may end in LF, CRLF or CR, and the file may begin with a byte order mark."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if "\0" in line:
-                    raise HealingError(f"{path}, line {number} is not text in UTF-8")
-                yield number, line.rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HealingError(f"cannot read {path}: {error}") from error
-
-
 def _read(
-    path: Path, pick: Callable[[str, int], tuple[str, str] | None], dropped: Counter[str]
+    path: Path, column: str, words: int, dropped: Counter[str], features: set[str]
 ) -> list[Pairs]:
-    """Sentences of what `pick` takes from a line, told how many words stand before it in its
-    sentence; a ValueError of its says what is wrong.
+    """Sentences of a file; blank lines and marks of documents lie between them."""
 
-    A blank line more than one between sentences is an empty one; those around all are nothing.
-    """
+    def between(numbered: tuple[int, str]) -> bool:
+        mark = bool(MARK.match(numbered[1]))
+        dropped["document marks"] += mark
+        return mark or not numbered[1].strip()
+
     sentences: list[Pairs] = []
-    new, mark = 1, False  # so many sentences begin with the next line, all but the last empty
-    for number, line in _lines(path):
-        if MARK.match(line):
-            dropped["document marks"] += 1
-            new, mark = max(new, 1), True
-        elif not line.strip():
-            new += bool(sentences) and not mark
-            mark = False
-        else:
-            if new:
-                sentences += [[] for _ in range(new)]
-                new, mark = 0, False
-            try:
-                pair = pick(line, len(sentences[-1]))
-            except ValueError as error:
-                raise HealingError(f"{path}, line {number} {error}") from None
-            if pair:
-                sentences[-1].append(pair)
+    with one_line(f"cannot read {path}"):
+        conllu = path.suffix == ".conllu"
+        pick = _conllu(column, dropped, features) if conllu else _columns(path, column, words)
+        for gap, lines in groupby(enumerate(text_lines(path), 1), between):
+            if not gap:
+                sentences.append([])
+                for number, line in lines:
+                    if pair := pick(number, line.rstrip("\r\n"), len(sentences[-1])):
+                        sentences[-1].append(pair)
     return sentences
 
 
-def _columns(path: Path, column: str, words: int) -> Callable[[str, int], tuple[str, str]]:
+def _columns(path: Path, column: str, words: int) -> Pick:
     """A word and its label, in columns of which the first line says how many there are."""
     if not re.fullmatch(r"last|-?\d{1,9}", column):
-        allowed = "its columns have no names; allowed: a number, counted from 0, or last"
-        raise HealingError(f"unknown column {column!r} of {path}: {allowed}")
-    lines = (line for _, line in _lines(path) if line.strip() and not MARK.match(line))
-    first = next(lines, "no lines")
-    tabs = "\t" in first
+        raise ValueError(f"unknown column {column!r}; allowed: a number, counted from 0, or last")
+    lines = (line for line in text_lines(path) if line.strip() and not MARK.match(line))
+    first = next(lines, "no lines").rstrip("\r\n")
 
     def split(line: str) -> list[str]:
         # Not str.split(): a no-break space is part of its word.
-        return line.split("\t") if tabs else re.split(" +", line.strip(" "))
+        return line.split("\t") if "\t" in first else re.split(" +", line.strip(" "))
 
-    width = len(split(first))
-    label = int(column.replace("last", "-1"))
+    width, label = len(split(first)), int(column.replace("last", "-1"))
     if not -width <= label < width or not 0 <= words < width or label % width == words:
-        said = f"{path} has {width} columns, with the words in column {words}: column {column}"
-        raise HealingError(f"{said} has no labels; allowed are the others of 0 to {width - 1}")
-    label %= width
-    if all(HEADER.fullmatch(split(first)[place]) for place in (words, label)):
-        raise HealingError(f"{path} seems to begin with a header ({first!r}): take it out")
+        said = f"of {width} columns {words} is for the words: {column} has no labels"
+        raise ValueError(f"{said}; allowed are the others of 0 to {width - 1}")
+    if HEADER.fullmatch(split(first)[words]) and HEADER.fullmatch(split(first)[label]):
+        raise ValueError(f"it seems to begin with a header ({first!r}): take it out")
 
-    def pick(line: str, _: int) -> tuple[str, str]:
+    def pick(number: int, line: str, _: int) -> tuple[str, str]:
         fields = split(line)
         if len(fields) != width:  # a blank inside a word shifts its label
-            raise ValueError(f"has {len(fields)} columns where the first line has {width}")
+            said = f"line {number} has {len(fields)} columns"
+            raise ValueError(f"{said} where the first line has {width}")
         if not fields[words] or not fields[label]:
-            raise ValueError("has an empty word or label")
+            raise ValueError(f"line {number} has an empty word or label")
         return fields[words], fields[label]
 
     return pick
 
 
-def _conllu(
-    column: str, dropped: Counter[str], features: set[str]
-) -> Callable[[str, int], tuple[str, str] | None]:
+def _conllu(column: str, dropped: Counter[str], features: set[str]) -> Pick:
     """A word and its label, of the lines with a word; collects the names of features."""
 
-    def pick(line: str, before: int) -> tuple[str, str] | None:
+    def pick(number: int, line: str, before: int) -> tuple[str, str] | None:
         if line.startswith("#"):
             return None
         fields = line.split("\t")
         if len(fields) != 10:
-            raise ValueError(f"has {len(fields)} columns; need 10")
-        if not fields[0].isdecimal():
-            between = re.fullmatch(r"\d+([-.])\d+", fields[0])
-            if not between:
-                raise ValueError(f"begins with {fields[0]!r}, which does not number a word")
+            raise ValueError(f"line {number} has {len(fields)} columns; need 10")
+        if between := re.fullmatch(r"\d+([-.])\d+", fields[0]):
             dropped["multiword ranges" if between[1] == "-" else "empty nodes"] += 1
             return None
-        if int(fields[0]) != before + 1:  # a line, or the blank one between sentences, is lost
-            raise ValueError(f"begins with {fields[0]} where word {before + 1} comes next")
+        if fields[0] != str(before + 1):  # a line, or the blank one between sentences, is lost
+            said = f"line {number} begins with {fields[0]!r}"
+            raise ValueError(f"{said} where word {before + 1} comes next")
         word = fields[1] or "_"
         if column != "feats" and column in CONLLU:
             return word, fields[CONLLU[column]] or "_"

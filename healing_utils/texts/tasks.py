@@ -6,7 +6,6 @@ A task is a registered name (`REGISTRY`), one of the organism's, any hub data se
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 import hashlib
@@ -17,22 +16,20 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from math import ceil, isfinite
-from operator import itemgetter
+from itertools import chain
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.json
-import pyarrow.parquet
+import pyarrow.parquet as pq
 
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.hub import reach_hub
 
 METRICS = ("f1", "accuracy", "matthews", "spearman")
-SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 # The first of these that is there and has labels is scored; of local files the next is validation.
 SCORED = ("test", "validation", "valid", "val", "dev")
 # Column names in use on the hub, most specific first; a pair stands for two text columns.
@@ -42,17 +39,15 @@ TEXT_COLUMNS = (
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score")
 MOST_CLASSES = 10_000
-MOST_BYTES = 2 << 30  # of the columns read from a Parquet file, whose kilobytes can stand for more
+MOST_TEXT = 2 << 30  # characters of a file: kilobytes of Parquet can stand for more
+NO_LABEL = (None, "", inf, -inf)
 # What stands for a missing number or text in a CSV file; among classes it is one, unless empty.
 MISSING = {"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set on the hub, and the split of it that is scored: one with public labels.
-
-    Nothing is ever chosen on it: validation examples come out of the training split.
-    """
+    """A data set on the hub, and the split of it that is scored: one with public labels."""
 
     hub: str
     text: tuple[str, ...]
@@ -164,11 +159,9 @@ class TaskData:
         wanted, held_out = self.sizes(train_size, validation_size)
         rows = list(range(len(self.pool)))
         random.Random(seed).shuffle(rows)
-        if self.validation is not None:
-            validation = self.validation.take(range(held_out))
-        else:
-            validation = self.pool.take(rows[:held_out])
-            rows = rows[held_out:]
+        validation = self.validation and self.validation.take(range(held_out))
+        if validation is None:
+            validation, rows = self.pool.take(rows[:held_out]), rows[held_out:]
         return self.pool.take(rows[:wanted]), validation if held_out else None
 
 
@@ -209,26 +202,28 @@ def load_task(
 
 
 class Source(NamedTuple):
-    """A table: what people call it, its columns, and how some of these are read."""
+    """A table: what people call it, its columns, how the values of one are read, what its own file
+    says that classes are called, and rows where they are not numbered from 1."""
 
     where: str
     names: list[str]
-    read: Callable[[Sequence[str]], tuple[Sequence[int], list[list[Any]]]]  # row numbers, values
-    metadata: dict[bytes, bytes] | None = None
+    column: Callable[[str], list[Any]]
+    classes: dict[str, list[str]] = {}
+    rows: Sequence[int] = ()
 
 
 def _from_tables(
     name: str, text: str | Sequence[str] | None, label: str | None, revision: str | None
 ) -> TaskData:
     """A task whose texts and labels are columns of the hub's tables or of files."""
-    named = [t for key, t in REGISTRY.items() if name in (key, t.hub, f"{t.hub}:{t.config}")]
-    task = named[0] if len(named) == 1 else None  # GLUE's hub name alone stands for seven
+    named = [k for k, t in REGISTRY.items() if name in (k, t.hub, f"{t.hub}:{t.config}")]
+    task = REGISTRY[named[0]] if named else None
     path = Path(os.path.expanduser(name))
-    no_hub_name = path.suffix in SUFFIXES or re.match(r"[/.~]|[^:]*/[^:]*/", name)
-    local = task is None and (no_hub_name or os.path.exists(path))
-    if not (task or local or "/" in name):
+    no_hub_name = path.suffix in READERS or re.match(r"[/.~]|[^:]*/[^:]*/", name)
+    local = not named and (no_hub_name or os.path.exists(path))
+    if len(named) > 1 or not (named or local or "/" in name):  # GLUE's hub name stands for seven
         what = "task (or give a hub name with its owner, or a file)"
-        choose(name, [*organism.TASKS, *REGISTRY], what)
+        choose(name, named or [*organism.TASKS, *REGISTRY], what)
     sources, unused = _of_files(path) if local else (_of_hub(name, task, revision), [])
 
     first, *others = sources
@@ -237,27 +232,22 @@ def _from_tables(
     label = label or _usual("label", LABEL_COLUMNS, first)[0]
     if len(texts) > 2:
         raise HealingError(f"{len(texts)} text columns named; one or two are possible")
-    pool = _split(first, texts, label)
-    parts = [pool]
+    parts = [_split(first, texts, label)]
     for source in others:
-        wanted = len(parts) < (3 if local else 2)
-        part = _split(source, texts, label, pool) if wanted else None
-        if part is None:
-            unused.append(source.where)
-        else:
+        if len(parts) < (3 if local else 2) and (part := _split(source, texts, label, parts[0])):
             parts.append(part)
-    if pool is None or (others and len(parts) == 1):
-        hidden = " and ".join([first.where] if pool is None else unused)
-        said = f"all labels in column {label!r} of {hidden} are missing or hidden"
-        raise HealingError(f"{said}: name a folder with train.csv and test.csv that have labels")
+        else:
+            unused.append(source.where)
     if not others:  # a fifth is scored, the same fifth always
-        shuffled, held_out = pool.shuffled(), ceil(0.2 * len(pool))
-        parts = [shuffled.take(range(held_out, len(pool))), shuffled.take(range(held_out))]
-    if not all(map(len, parts)):
-        there = f"{len(parts[0])} rows to train on and {len(parts[1])} to score"
-        raise HealingError(f"task {name!r} has {there}: need some of both")
+        held_out, rows = ceil(0.2 * len(parts[0])), parts[0].shuffled()
+        parts = [rows.take(range(held_out, len(rows))), rows.take(range(held_out))]
+    if len(parts) == 1 or not all(parts):
+        counts = f"{len(parts[0])} labelled rows to train on, {sum(map(len, parts[1:]))} to score"
+        need = "name a folder with train.csv and a test.csv or validation.csv that have labels"
+        raise HealingError(f"task {name!r} has {counts} (column {label!r}): {need}")
 
-    parts, classes = _numbered(name, label, parts, _class_names(first, label))
+    with one_line(f"column {label!r} of task {name!r}"):
+        parts, classes = _numbered(parts, first.classes.get(label))
     metric = task.metric if task else ("f1" if classes else "spearman")
     given = [part.shuffled() for part in parts[2:]] or [None]  # whose first examples are drawn
     return TaskData(name, *parts[:2], classes, metric, *given, tuple(unused))
@@ -269,7 +259,7 @@ def _of_hub(name: str, task: Task | None, revision: str | None) -> list[Source]:
 
     datasets.disable_progress_bars()
     hub, _, config = (f"{task.hub}:{task.config or ''}" if task else name).partition(":")
-    with _said(f"cannot load data set {name!r} from the hub, and no such folder is here"):
+    with one_line(f"cannot load data set {name!r} from the hub, and no such folder is here"):
         owner, _, own = hub.rpartition("/")
         kept = f"{owner}___{datasets.naming.camelcase_to_snakecase(own)}"
         reach_hub("datasets", hub, Path(datasets.config.HF_DATASETS_CACHE, kept))
@@ -286,74 +276,33 @@ def _of_files(path: Path) -> tuple[list[Source], list[str]]:
     """A file, or those of a folder that are named like splits; and its other tables."""
     files, others = [path], []
     if os.path.isdir(path):
-        there = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
-        splits = {split: [f for f in there if f.stem == split] for split in ("train", *SCORED)}
-        files = [file for found in splits.values() for file in found]
+        there = [file for file in sorted(path.iterdir()) if file.suffix in READERS]
+        splits = [[f for f in there if f.stem == split] for split in ("train", *SCORED)]
+        files = list(chain.from_iterable(splits))
         others = [str(file) for file in there if file not in files]
-        if not splits["train"] or max(map(len, splits.values())) > 1:
+        if not splits[0] or max(map(len, splits)) > 1:
             has = ", ".join(file.name for file in there) or "no tables"
             need = "need one train.csv, .jsonl, .json or .parquet, and one file a split"
             raise HealingError(f"folder {path} holds {has}: {need}")
-    for file in files:
-        if not os.path.isfile(file):  # a pipe would be waited for
-            raise HealingError(f"no such file, or not a regular one: {file}")
-        choose(file.suffix, SUFFIXES, f"file type of {file}")
-    return list(map(_read, files)), others
+    return list(map(_of_file, files)), others
 
 
-def _read(path: Path) -> Source:
-    """A file as it is now; handed over open, since libraries read patterns into a path."""
-    with _said(f"cannot read {path}"), path.open("rb") as file:
-        if path.suffix == ".parquet":
-            return _parquet(path, pyarrow.parquet.read_schema(file))
-        start = file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
-        if b"\0" in start:
-            raise ValueError("it is not text in UTF-8")
-        if path.suffix == ".csv":
-            return _csv(path)
-        if start[:1] != b"[":
-            whole = pyarrow.json.ReadOptions(block_size=path.stat().st_size + 1)
-            return _arrow(str(path), pyarrow.json.read_json(file, whole))
-        objects = json.load(file)  # a list of them, not one a line
-        if not all(isinstance(one, dict) for one in objects):
-            raise ValueError("it is a list of other things than objects")
-        return _arrow(str(path), pa.Table.from_pylist(objects))
+def _of_file(path: Path) -> Source:
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise HealingError(f"no such file, or not a regular one: {path}")
+    choose(path.suffix, READERS, f"file type of {path}")
+    with one_line(f"cannot read {path}"):
+        return READERS[path.suffix](path)
 
 
-def _arrow(where: str, table: pa.Table) -> Source:
-    def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
-        return range(1, len(table) + 1), [table[column].to_pylist() for column in wanted]
-
-    return Source(where, table.column_names, read, table.schema.metadata)
-
-
-def _parquet(path: Path, schema: pa.Schema) -> Source:
-    """Read by batches, so that what does not fit is noticed in time."""
-
-    def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
-        columns, size = [[] for _ in wanted], 0
-        with path.open("rb") as file:
-            table = pyarrow.parquet.ParquetFile(file)
-            for values, name in zip(columns, wanted, strict=True):
-                for piece in _unpacked(table, name):
-                    size += piece.nbytes + 64 * len(piece)  # Python's own share
-                    if size > MOST_BYTES:
-                        said = f"columns {', '.join(wanted)} are over {MOST_BYTES >> 20:,} MiB"
-                        raise ValueError(f"{said} once unpacked: keep fewer rows or shorter texts")
-                    values += piece.to_pylist()
-        return range(1, len(columns[0]) + 1), columns
-
-    return Source(str(path), schema.names, read, schema.metadata)
-
-
-def _unpacked(table: pyarrow.parquet.ParquetFile, name: str) -> Iterator[pa.Array]:
-    """A column by pieces of 512 values; with pandas' categories, of which every batch brings all,
-    batches are few."""
-    coded = pa.types.is_dictionary(table.schema_arrow.field(name).type)
-    for batch in table.iter_batches(1 << 16 if coded else 512, columns=[name]):
-        for start in range(0, len(batch), 512):
-            piece = batch[name].slice(start, 512)
-            yield piece.dictionary_decode() if coded else piece
+def text_lines(path: Path) -> Iterator[str]:
+    """A file's lines with their ends (LF, CRLF or CR), without a byte order mark. Raises ValueError
+    for what is not text in UTF-8."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for number, line in enumerate(file, 1):
+            if "\0" in line:
+                raise ValueError(f"line {number} is not text in UTF-8")
+            yield line
 
 
 def _csv(path: Path) -> Source:
@@ -362,27 +311,20 @@ def _csv(path: Path) -> Source:
     pandas and pyarrow misread in silence what Python's own reader refuses where it is strict.
     """
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file, strict=True), [])
+    reader = csv.reader(text_lines(path), strict=True)
+    try:
+        names = next(reader, [])
+        rows = {number: row for number, row in enumerate(reader, 2) if row}
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+    for number, row in rows.items():
+        if len(row) != len(names):
+            raise ValueError(f"row {number} has {len(row)} cells, the header {len(names)}")
 
-    def read(wanted: Sequence[str]) -> tuple[Sequence[int], list[list[Any]]]:
-        numbers, found, pick = [], [], itemgetter(*map(names.index, wanted))
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            try:
-                for number, row in enumerate(reader, 1):
-                    if row and len(row) != len(names):
-                        said = f"row {number} has {len(row)} cells, the header {len(names)}"
-                        raise ValueError(said)
-                    if row:
-                        numbers.append(number)
-                        found.append(pick(row))
-            except csv.Error as error:
-                raise ValueError(f"line {reader.line_num}: {error}") from error
-        columns = [cells[1:] for cells in zip(*found, strict=True)]  # without the header
-        return numbers[1:], list(map(_typed, columns))
+    def column(name: str) -> list[Any]:
+        return _typed([row[names.index(name)] for row in rows.values()])
 
-    return Source(str(path), names, read)
+    return Source(str(path), names, column, rows=list(rows))
 
 
 def _typed(cells: Sequence[str]) -> list[Any]:
@@ -395,15 +337,58 @@ def _typed(cells: Sequence[str]) -> list[Any]:
     return [cell if cell.strip() else None for cell in cells]
 
 
+def _json(path: Path) -> Source:
+    """Objects, one a line or in a list."""
+    lines = list(text_lines(path))
+    try:
+        rows = json.loads("".join(lines))
+    except ValueError:
+        rows = json.loads(f"[{','.join(filter(str.strip, lines))}]")
+    rows = rows if isinstance(rows, list) else [rows]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it holds other things than objects")
+    names = list(dict.fromkeys(chain.from_iterable(rows)))
+    return Source(str(path), names, lambda name: [row.get(name) for row in rows])
+
+
+def _parquet(path: Path) -> Source:
+    with path.open("rb") as file:  # open, since a library reads patterns into a path
+        leaves = [leaf.path for leaf in pq.read_metadata(file).schema]
+        return _arrow(str(path), pq.ParquetFile(file, read_dictionary=leaves).read())
+
+
+def _arrow(where: str, table: pa.Table) -> Source:
+    classes = {}
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # no file of the hub's
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        classes = {name: f["names"] for name, f in features.items() if "names" in f}
+
+    def column(name: str) -> list[Any]:
+        values = []
+        for chunk in table.column(name).chunks:
+            if pa.types.is_dictionary(chunk.type):  # equal texts stay one object
+                once = [*chunk.dictionary.to_pylist(), None]
+                values += map(once.__getitem__, chunk.indices.fill_null(-1).to_pylist())
+            else:
+                values += chunk.to_pylist()
+        if name in classes:  # where the hub writes -1 for a label that is kept secret
+            named = {-1: None, **dict(enumerate(classes[name]))}
+            values = [named.get(value, value) for value in values]
+        return values
+
+    return Source(where, table.column_names, column, classes)
+
+
+READERS = {".csv": _csv, ".jsonl": _json, ".json": _json, ".parquet": _parquet}
+
+
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Whatever goes wrong in one line, which a library may have said in several."""
+def one_line(what: str) -> Iterator[None]:
+    """Whatever goes wrong as a HealingError of one line; a library may have said it in several."""
     try:
         yield
     except Exception as error:
-        # pyarrow counts the rows of JSON from 0.
-        why = re.sub(r"(?<=in row )\d+", lambda found: f"{int(found[0]) + 1}", str(error))
-        said = " ".join(why.split())[:300] or type(error).__name__
+        said = " ".join(str(error).split())[:300] or type(error).__name__
         raise HealingError(f"{what}: {said}") from error
 
 
@@ -416,64 +401,51 @@ def _usual(what: str, usual: Sequence[str], source: Source) -> tuple[str, ...]:
     raise HealingError(f"{said if there else said + 'none'}: name it ({what}_column)")
 
 
-def _class_names(source: Source, column: str) -> list[str] | None:
-    """What the hub's own files say that the numbers of a column stand for."""
-    try:
-        written = json.loads(source.metadata[b"huggingface"])
-        return list(map(str, written["info"]["features"][column]["names"]))
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _split(
-    source: Source, texts: Sequence[str], label: str, train: Split | None = None
-) -> Split | None:
-    """Texts and labels, these by the names that the table itself has for its numbers; None where
-    all labels are hidden."""
+def _split(source: Source, texts: Sequence[str], label: str, train: Split | None = None) -> Split:
+    """Texts and labels; none where all labels are hidden."""
     where, names = source.where, source.names
     for column in (*texts, label):
         choose(column, names, f"column of {where}")
         if names.count(column) > 1:
             raise HealingError(f"{where} has {names.count(column)} columns named {column!r}")
-    with _said(f"cannot read {where}"):
-        rows, (*columns, labels) = source.read((*texts, label))
-    if {list, dict, bytes} & set(map(type, labels)):
-        raise HealingError(f"{where}: column {label!r} holds no single label a text")
-    labels = [float(v) if isinstance(v, Decimal) else v for v in labels]
-    if classes := _class_names(source, label):
-        # Where classes have names, the hub writes -1 for a label that is kept secret.
-        known = {None: None, -1: None, **dict(enumerate(classes))}
-        if unknown := set(labels) - set(known):
-            said = f"label {min(unknown)} in column {label!r} is none of its {len(classes)} classes"
-            raise HealingError(f"{where}: {said}")
-        labels = [known[v] for v in labels]
-    void = {v for v in set(labels) if v in (None, "") or (type(v) is float and not isfinite(v))}
-    missing = [row for row, value in zip(rows, labels, strict=True) if value in void]
-    secret = train is not None and set(labels) == {-1} and -1 not in train.labels
-    if labels and (secret or len(missing) == len(labels)):
-        return None
-    if missing:
-        said = f"{len(missing)} of {len(labels)} labels in column {label!r} are missing or infinite"
-        raise HealingError(f"{where}: {said}, the first in row {missing[0]}")
-    pair, no_text = len(texts) == 2, MISSING if where.endswith(".csv") else ()
-    for column, values in zip(texts, columns, strict=True):
-        for row, value in zip(rows, values, strict=True):
-            # Half of a pair may be blank (Quora has such questions); a whole text may not.
-            if not isinstance(value, str) or value in no_text or not (pair or value.strip()):
-                said = f"column {column!r} holds no text in row {row} ({value!r:.40})"
-                raise HealingError(f"{where}: {said}")
+    with one_line(f"cannot read {where}"):
+        *columns, labels = map(source.column, (*texts, label))
+        rows = source.rows or range(1, len(labels) + 1)
+        kinds = set(map(type, labels)) - {type(None)}
+        if not any(kinds <= alike for alike in ({str}, {bool}, {int, float, Decimal})):
+            held = " and ".join(sorted(kind.__name__ for kind in kinds))
+            raise ValueError(f"column {label!r} holds {held}: need text, numbers or truth values")
+        if kinds & {float, Decimal}:
+            labels = [value if value is None else float(value) for value in labels]
+        missing = [row for row, v in zip(rows, labels, strict=True) if v in NO_LABEL or v != v]
+        secret = train is not None and set(labels) == {-1} and -1 not in train.labels
+        if secret or len(missing) == len(labels):
+            return Split([], [])
+        if missing:
+            said = f"{len(missing)} of {len(labels)} labels in column {label!r} are missing"
+            raise ValueError(f"{said} or infinite, the first in row {missing[0]}")
+        size = sum(len(text) for values in columns for text in values if isinstance(text, str))
+        if size > MOST_TEXT:
+            raise ValueError(f"texts of {size:,} characters: keep fewer rows or shorter texts")
+        pair, no_text = len(texts) == 2, MISSING if where.endswith(".csv") else ()
+        for column, values in zip(texts, columns, strict=True):
+            for row, value in zip(rows, values, strict=True):
+                # Half of a pair may be blank (Quora has such questions); a whole text may not.
+                if not isinstance(value, str) or value in no_text or not (pair or value.strip()):
+                    raise ValueError(
+                        f"column {column!r} holds no text in row {row} ({value!r:.40})"
+                    )
+                value.encode()  # fails for half a character, which JSON can hold
     return Split(list(map(list, zip(*columns, strict=True))) if pair else columns[0], labels)
 
 
-def _numbered(
-    name: str, label: str, parts: list[Split], names: list[str] | None
-) -> tuple[list[Split], tuple[str, ...]]:
+def _numbered(parts: list[Split], names: list[str] | None) -> tuple[list[Split], tuple[str, ...]]:
     """The parts with class ids for labels, and what the classes are called; or with floats."""
     train, kinds = parts[0].labels, [set(map(type, part.labels)) for part in parts]
     # 0.0 and 1.0 are classes where another part calls them 0 and 1.
     if kinds[0] == {float} and not ({int} in kinds and all(map(float.is_integer, train))):
         if not all(kind <= {int, float} for kind in kinds):
-            raise HealingError(f"task {name!r}: column {label!r} holds numbers in training only")
+            raise ValueError("numbers in training only")
         return [Split(part.texts, list(map(float, part.labels))) for part in parts], ()
 
     def spelt(value: Any) -> str:
@@ -481,15 +453,12 @@ def _numbered(
 
     classes = names or list(map(spelt, sorted(set(train))))
     if not 1 < len(classes) <= MOST_CLASSES:
-        said = f"column {label!r} has {len(classes):,} classes: need 2 to {MOST_CLASSES:,}"
-        raise HealingError(f"task {name!r}: {said}")
-    ids = {value: i for i, value in enumerate(classes)}
-    numbered = []
+        raise ValueError(f"{len(classes):,} classes: need 2 to {MOST_CLASSES:,}")
+    ids, numbered = {value: i for i, value in enumerate(classes)}, []
     for part in parts:
-        found = {value: spelt(value) for value in set(part.labels)}
-        if unseen := sorted(set(found.values()) - set(ids)):
-            count = sum(found[value] == unseen[0] for value in part.labels)
-            said = f"class {unseen[0]!r} has {count} of the scored examples but none to train on"
-            raise HealingError(f"task {name!r}: {said}: add some, or leave it out")
-        numbered.append(Split(part.texts, [ids[found[value]] for value in part.labels]))
+        labels = list(map(spelt, part.labels))
+        if unseen := sorted(set(labels) - set(ids)):
+            has = f"class {unseen[0]!r} has {labels.count(unseen[0])} of the scored examples"
+            raise ValueError(f"{has} but none to train on: add some, or leave it out")
+        numbered.append(Split(part.texts, [ids[value] for value in labels]))
     return numbered, tuple(classes)
