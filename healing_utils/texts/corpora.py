@@ -60,11 +60,10 @@ class TaggedSentences(Split):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A word-tagged corpus. `test` is only ever scored.
+    """A word-tagged corpus; `dropped` says how much of what reading left out, over both parts.
 
-    `dropped` says how much of what reading left out, over both parts. Labels of `test` that never
-    occur in `train` stay: no probe can answer them, and they count as errors (see `unseen`).
-    """
+    `test` is only ever scored. Its labels that never occur in `train` stay: no probe can answer
+    them, and they count as errors (see `unseen`)."""
 
     name: str
     column: str
@@ -81,10 +80,8 @@ class Corpus:
     def draw(
         self, seed: int, train_sentences: int | None, test_sentences: int | None = None
     ) -> Corpus:
-        """A random part: training by seed, test the same for every seed; None takes all.
-
-        Raises HealingError for more sentences than there are, or none.
-        """
+        """A random part: training by seed, test the same for every seed; None takes all. Raises
+        HealingError for more sentences than there are, or none."""
         train = self.train.sample(train_sentences, f"{seed}")
         return replace(self, train=train, test=self.test.sample(test_sentences, "test"))
 
@@ -105,10 +102,9 @@ def load_corpus(
     The test part is the file `test`, or the source's own, or the file beside ``...-train...`` with
     ``test`` in its place. Else one distinct sentence in five is held out, by content alone.
 
-    Left out and counted in `Corpus.dropped`: sentences without words; in CoNLL-U the ranges of
-    multiword tokens (their words stay) and empty nodes; in the Penn Treebank traces; in files the
-    marks of documents (`MARK`). Raises HealingError for what is not there, and for a malformed line
-    or a header, naming file and line.
+    Left out and counted in `Corpus.dropped`: sentences without words; ranges of multiword tokens
+    (their words stay) and empty nodes of CoNLL-U; traces; marks of documents (`MARK`). Raises
+    HealingError for what is not there, and for a malformed line or a header, naming file and line.
     """
     dropped: Counter[str] = Counter()
     if name in COLUMNS:
@@ -118,14 +114,18 @@ def load_corpus(
         parts = _named(name, choose(column, COLUMNS[name], f"column of {name}"), dropped)
     else:
         files, features = _files(name, test), set()
-        conllu = {file.suffix == ".conllu" for file in files}
-        if len(conllu) > 1:
-            raise HealingError(f"{' and '.join(map(str, files))} differ in format")
+        conllu = files[0].suffix == ".conllu"
         # What a table calls it: where the file lies is nobody else's business.
         label = re.sub(r"[-_.](ud[-_.])?train$", "", files[0].name.split(".")[0]) or name
-        column = ("upos" if True in conllu else "last") if column is None else str(column)
-        parts = [_read(file, column, words, dropped, features) for file in files]
-        if True in conllu:
+        column = ("upos" if conllu else "last") if column is None else str(column)
+        parts = []
+        for file in files:
+            with one_line(f"cannot read {file}"):
+                pick = (
+                    _conllu(column, dropped, features) if conllu else _columns(file, column, words)
+                )
+                parts.append(_read(file, pick, dropped))
+        if conllu:
             choose(column, [*CONLLU, *sorted(features - {"_"})], f"column of {files[0]}")
     tagged = [
         TaggedSentences(*([[pair[i] for pair in s] for s in part if s] for i in (0, 1)))
@@ -145,10 +145,8 @@ def _hold_out(name: str, whole: TaggedSentences) -> list[TaggedSentences]:
     """Training and test part: distinct sentences, shuffled by their content, a fifth for test."""
     distinct = list(dict.fromkeys(map(tuple, whole.words)))
     if len(distinct) < 2:
-        raise HealingError(
-            f"corpus {name!r} has {len(distinct)} distinct sentences: too few to hold some out; "
-            "are there blank lines between sentences? Or name a test file"
-        )
+        hint = "are there blank lines between sentences? Or name a test file"
+        raise HealingError(f"corpus {name!r} has {len(distinct)} distinct sentences: {hint}")
     random.Random(digest(distinct)).shuffle(distinct)  # the same for every column of labels
     held_out = set(distinct[: max(1, round(HELD_OUT * len(distinct)))])
     sides: tuple[list[int], list[int]] = ([], [])
@@ -214,9 +212,7 @@ def _files(name: str, test: str | None) -> list[Path]:
     return [path, sibling] if sibling != path and sibling.is_file() else [path]
 
 
-def _read(
-    path: Path, column: str, words: int, dropped: Counter[str], features: set[str]
-) -> list[Pairs]:
+def _read(path: Path, pick: Pick, dropped: Counter[str]) -> list[Pairs]:
     """Sentences of a file; blank lines and marks of documents lie between them."""
 
     def between(numbered: tuple[int, str]) -> bool:
@@ -225,15 +221,12 @@ def _read(
         return mark or not numbered[1].strip()
 
     sentences: list[Pairs] = []
-    with one_line(f"cannot read {path}"):
-        conllu = path.suffix == ".conllu"
-        pick = _conllu(column, dropped, features) if conllu else _columns(path, column, words)
-        for gap, lines in groupby(enumerate(text_lines(path), 1), between):
-            if not gap:
-                sentences.append([])
-                for number, line in lines:
-                    if pair := pick(number, line.rstrip("\r\n"), len(sentences[-1])):
-                        sentences[-1].append(pair)
+    for gap, lines in groupby(enumerate(text_lines(path), 1), between):
+        if not gap:
+            sentences.append([])
+            for number, line in lines:
+                if pair := pick(number, line.rstrip("\r\n"), len(sentences[-1])):
+                    sentences[-1].append(pair)
     return sentences
 
 

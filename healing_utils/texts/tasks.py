@@ -1,8 +1,4 @@
-"""Sentence tasks: where their texts and labels come from, and which split is scored.
-
-A task is a registered name (`REGISTRY`), one of the organism's, any hub data set (``owner/name`` or
-``owner/name:config``), or a local CSV, JSONL or Parquet file or a folder of them.
-"""
+"""Sentence tasks: where their texts and labels come from, and which split is scored."""
 
 from __future__ import annotations
 
@@ -109,9 +105,8 @@ class Split:
 class TaskData:
     """A loaded task. `pool` is all that may be trained on; `test` is only ever scored.
 
-    `classes` are names in the order of the class ids, empty for regression; `unused` are tables of
-    a folder that nothing is read from.
-    """
+    `classes` are names in the order of the class ids, none for regression; nothing is read from the
+    tables that are `unused`."""
 
     name: str
     pool: Split
@@ -130,11 +125,9 @@ class TaskData:
         return len(self.classes) or 1
 
     def sizes(self, train_size: int | None, validation_size: int) -> tuple[int, int]:
-        """How many examples `draw` gives for training and for validation.
-
-        Where the pool is too small for both, validation takes what training leaves, a tenth of the
-        pool at least, or a fifth where all is asked for. Raises HealingError where that fails.
-        """
+        """How many examples `draw` gives for training and for validation: where the pool is too
+        small for both, validation takes what training leaves, a tenth of the pool at least, or a
+        fifth where all is asked for. Raises HealingError where that fails."""
         there = len(self.pool)
         if self.validation is not None:
             most, held_out = there, min(validation_size, len(self.validation))
@@ -173,7 +166,8 @@ def load_task(
     revision: str | None = None,
     test_size: int | None = None,
 ) -> TaskData:
-    """Load a task by registered name, organism's name, hub name or local path.
+    """Load a task: one of `REGISTRY` or of the organism's, any hub data set (``owner/name`` or
+    ``owner/name:config``), or a CSV, JSONL or Parquet file or a folder of them.
 
     Of a file alone a fifth is scored. In a folder the file named train is trained on; of those
     named like `SCORED` the first is scored, and a second is for validation. `text` and `label` name
@@ -306,10 +300,8 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def _csv(path: Path) -> Source:
-    """Its rows count from 1, the header and blank ones with them.
-
-    pandas and pyarrow misread in silence what Python's own reader refuses where it is strict.
-    """
+    """Rows count from 1, with the header and blank ones. What Python's own reader refuses where it
+    is strict, pandas and pyarrow misread in silence."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(text_lines(path), strict=True)
     try:
@@ -432,9 +424,7 @@ def _split(source: Source, texts: Sequence[str], label: str, train: Split | None
             for row, value in zip(rows, values, strict=True):
                 # Half of a pair may be blank (Quora has such questions); a whole text may not.
                 if not isinstance(value, str) or value in no_text or not (pair or value.strip()):
-                    raise ValueError(
-                        f"column {column!r} holds no text in row {row} ({value!r:.40})"
-                    )
+                    raise ValueError(f"column {column!r} holds no text in row {row}: {value!r:.40}")
                 value.encode()  # fails for half a character, which JSON can hold
     return Split(list(map(list, zip(*columns, strict=True))) if pair else columns[0], labels)
 

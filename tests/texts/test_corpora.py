@@ -171,7 +171,7 @@ def test_the_treebanks_folder_its_training_file_and_a_variable_are_the_same(tree
     assert by_folder == load_corpus(train) and by_folder.column == "upos"
     assert by_folder == load_corpus(train, test="$OWN_UD/xx_own-ud-test.conllu")
     assert load_corpus(train, test="$OWN_UD/xx_own-ud-dev.conllu").test == by_folder.train
-    refused("differ in format", train, test=write(treebank / "a.txt", "a A\n\nb B\n"))
+    refused("a.txt: line 1 has 1 columns; need 10", train, test=write(treebank / "a.txt", "a A\n"))
     monkeypatch.delenv("OWN_UD")
     refused(r"variable \$OWN_UD in '\$OWN_UD/x.conllu' is not set", "$OWN_UD/x.conllu")
 
@@ -260,8 +260,8 @@ def test_blanks_inside_words_survive_where_tabs_separate(tmp_path):
         ("a\0 A\0\n", "a.txt: line 1 is not text in UTF-8"),
         ("a\tA\nb\t\n\nc\tC\n", "a.txt: line 2 has an empty word or label"),
         ("one\ntwo\n", "a.txt: of 1 columns 0 is for the words"),
-        ("\n\n\n", "0 distinct sentences: too few"),
-        ("a A\nb B\n", "1 distinct sentences: too few .* blank lines between"),
+        ("\n\n\n", "0 distinct sentences"),
+        ("a A\nb B\n", "1 distinct sentences: are there blank lines between"),
         ("a A\n\nb A\n", "column 'last' has only the label 'A'"),
         ("a A\nb B\n\n\udce9 A\n", "cannot read .*a.txt: 'utf-8' codec"),
     ],
