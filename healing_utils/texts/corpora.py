@@ -23,8 +23,8 @@ CONLLU = {"upos": 3, "xpos": 4, "lemma": 2, "deprel": 7, "head": 6, "feats": 5}
 # Columns of the corpora that have names, the default first.
 COLUMNS = {"organism": organism.TAGS, "conll2000": ("chunk", "pos"), "treebank": ("pos",)}
 HELD_OUT = 0.2  # the share that is scored where the source has no test part
-# Lines of column files that are no words: where a document begins (CoNLL-2003) or ends (2011).
-MARK = re.compile(r"-DOCSTART-(\s|$)|#(begin|end) document")
+# Between sentences: blank lines, and where a document begins (CoNLL-2003) or ends (CoNLL-2011).
+GAP = re.compile(r"\s*$|-DOCSTART-(\s|$)|#(begin|end) document")
 HEADER = re.compile(r"(word|token|form|text|tag|label|[ux]?pos|ner|chunk|lemma)s?(_\w+)?", re.I)
 Pairs = list[tuple[str, str]]  # a sentence while it is read: words with their labels
 # What is taken from a line, by its number and how many words of its sentence stand before it.
@@ -103,7 +103,7 @@ def load_corpus(
     ``test`` in its place. Else one distinct sentence in five is held out, by content alone.
 
     Left out and counted in `Corpus.dropped`: sentences without words; ranges of multiword tokens
-    (their words stay) and empty nodes of CoNLL-U; traces; marks of documents (`MARK`). Raises
+    (their words stay) and empty nodes of CoNLL-U; traces; marks of documents (`GAP`). Raises
     HealingError for what is not there, and for a malformed line or a header, naming file and line.
     """
     dropped: Counter[str] = Counter()
@@ -213,20 +213,19 @@ def _files(name: str, test: str | None) -> list[Path]:
 
 
 def _read(path: Path, pick: Pick, dropped: Counter[str]) -> list[Pairs]:
-    """Sentences of a file; blank lines and marks of documents lie between them."""
-
-    def between(numbered: tuple[int, str]) -> bool:
-        mark = bool(MARK.match(numbered[1]))
-        dropped["document marks"] += mark
-        return mark or not numbered[1].strip()
-
+    """Sentences of a file; more than one blank line between two of them stands for empty ones."""
     sentences: list[Pairs] = []
-    for gap, lines in groupby(enumerate(text_lines(path), 1), between):
-        if not gap:
-            sentences.append([])
-            for number, line in lines:
-                if pair := pick(number, line.rstrip("\r\n"), len(sentences[-1])):
-                    sentences[-1].append(pair)
+    numbered, empty = enumerate(text_lines(path), 1), 0
+    for gap, lines in groupby(numbered, lambda line: bool(GAP.match(line[1]))):
+        if gap:
+            marks = [bool(line.strip()) for _, line in lines]
+            dropped["document marks"] += sum(marks)
+            empty = len(marks) - 1 if sentences and not any(marks) else 0
+            continue
+        sentences += [[] for _ in range(empty + 1)]
+        for number, line in lines:
+            if pair := pick(number, line.rstrip("\r\n"), len(sentences[-1])):
+                sentences[-1].append(pair)
     return sentences
 
 
@@ -234,8 +233,8 @@ def _columns(path: Path, column: str, words: int) -> Pick:
     """A word and its label, in columns of which the first line says how many there are."""
     if not re.fullmatch(r"last|-?\d{1,9}", column):
         raise ValueError(f"unknown column {column!r}; allowed: a number, counted from 0, or last")
-    lines = (line for line in text_lines(path) if line.strip() and not MARK.match(line))
-    first = next(lines, "no lines").rstrip("\r\n")
+    lines = (line.rstrip("\r\n") for line in text_lines(path) if not GAP.match(line))
+    first = next(lines, "no lines")
 
     def split(line: str) -> list[str]:
         # Not str.split(): a no-break space is part of its word.

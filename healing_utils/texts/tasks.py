@@ -139,10 +139,9 @@ class TaskData:
             held_out = min(validation_size, there - train_size)
         wanted = most if train_size is None else train_size
         if not 0 < wanted <= most:
-            raise HealingError(
-                f"train_size is {train_size} but task {self.name!r} has {there} examples to train "
-                f"on: need train_size from 1 to {most} beside validation_size {validation_size}"
-            )
+            said = f"train_size is {train_size} but task {self.name!r} has {there} to train on"
+            need = f"need train_size from 1 to {most} beside validation_size {validation_size}"
+            raise HealingError(f"{said}: {need}")
         return wanted, held_out
 
     def draw(
@@ -263,7 +262,8 @@ def _of_hub(name: str, task: Task | None, revision: str | None) -> list[Source]:
     if splits[:1] != ["train"] or (len(splits) == 1 and len(found) > 1):
         need = f"need train and {' or '.join(wanted)}"
         raise HealingError(f"task {name!r} has splits {', '.join(found)}: {need}")
-    return [_arrow(f"{name}, {split}", found[split].data.table) for split in splits]
+    tables = [found[split].data.table for split in splits]
+    return [_arrow(f"{name}, {s}", t.schema, t.column) for s, t in zip(splits, tables, strict=True)]
 
 
 def _of_files(path: Path) -> tuple[list[Source], list[str]]:
@@ -331,11 +331,17 @@ def _typed(cells: Sequence[str]) -> list[Any]:
 
 def _json(path: Path) -> Source:
     """Objects, one a line or in a list."""
+
+    def row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("an object has two values of one name")
+        return found
+
     lines = list(text_lines(path))
     try:
-        rows = json.loads("".join(lines))
+        rows = json.loads("".join(lines), object_pairs_hook=row)
     except ValueError:
-        rows = json.loads(f"[{','.join(filter(str.strip, lines))}]")
+        rows = json.loads(f"[{','.join(filter(str.strip, lines))}]", object_pairs_hook=row)
     rows = rows if isinstance(rows, list) else [rows]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds other things than objects")
@@ -345,19 +351,25 @@ def _json(path: Path) -> Source:
 
 def _parquet(path: Path) -> Source:
     with path.open("rb") as file:  # open, since a library reads patterns into a path
-        leaves = [leaf.path for leaf in pq.read_metadata(file).schema]
-        return _arrow(str(path), pq.ParquetFile(file, read_dictionary=leaves).read())
+        about = pq.read_metadata(file).schema
+
+    def read(name: str) -> pa.ChunkedArray:
+        with path.open("rb") as file:
+            table = pq.ParquetFile(file, read_dictionary=[leaf.path for leaf in about])
+            return table.read([name]).column(name)
+
+    return _arrow(str(path), about.to_arrow_schema(), read)
 
 
-def _arrow(where: str, table: pa.Table) -> Source:
+def _arrow(where: str, schema: pa.Schema, read: Callable[[str], pa.ChunkedArray]) -> Source:
     classes = {}
     with contextlib.suppress(KeyError, TypeError, ValueError):  # no file of the hub's
-        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         classes = {name: f["names"] for name, f in features.items() if "names" in f}
 
     def column(name: str) -> list[Any]:
         values = []
-        for chunk in table.column(name).chunks:
+        for chunk in read(name).chunks:
             if pa.types.is_dictionary(chunk.type):  # equal texts stay one object
                 once = [*chunk.dictionary.to_pylist(), None]
                 values += map(once.__getitem__, chunk.indices.fill_null(-1).to_pylist())
@@ -368,7 +380,7 @@ def _arrow(where: str, table: pa.Table) -> Source:
             values = [named.get(value, value) for value in values]
         return values
 
-    return Source(where, table.column_names, column, classes)
+    return Source(where, schema.names, column, classes)
 
 
 READERS = {".csv": _csv, ".jsonl": _json, ".json": _json, ".parquet": _parquet}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import os
 import socket
@@ -23,7 +24,7 @@ from healing_utils import organism
 from healing_utils.base import hub
 from healing_utils.base.errors import HealingError
 from healing_utils.texts import tasks
-from healing_utils.texts.tasks import REGISTRY, Split, TaskData, load_task
+from healing_utils.texts.tasks import Split, TaskData, load_task
 
 NAMES = datasets.ClassLabel(names=["negative", "positive"])
 
@@ -54,13 +55,6 @@ def table(count: int, label=NAMES, secret: bool = False) -> datasets.Dataset:
 
 
 # --- By name --------------------------------------------------------------------------------------
-
-
-def test_the_registry_scores_what_has_public_labels():
-    scored = {name for name, task in REGISTRY.items() if task.scored == "test"}
-    assert scored == {"imdb", "ag_news", "emotion", "dbpedia"}  # of the others they are secret
-    other = {name: task.metric for name, task in REGISTRY.items() if task.metric != "f1"}
-    assert other == {"cola": "matthews", "stsb": "spearman"}
 
 
 @pytest.fixture
@@ -318,30 +312,6 @@ def test_numbers_with_a_fraction_are_regression(tmp_path):
     refused("unknown metric 'spearmen'.*'spearman'", path, metric="spearmen")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("a,0\n  ,1\nc,0\n", "t.csv: column 'text' holds no text in row 3"),
-        ("a,0\nb,1\n\nnull,0\n", "column 'text' holds no text in row 5"),  # as a table shows it
-        ("1,0\n2,1\n3,0\n", "column 'text' holds no text in row 2"),
-        ("a,0\nb,1\nc,NA\n", "1 of 3 labels in column 'label' are missing .*, the first in row 4"),
-        ("a,yes\nb,no\nc, \n", "1 of 3 labels .* the first in row 4"),
-        ("a,0.5\nb,inf\nc,1e999\n", "2 of 3 labels .* are missing or infinite, the first in row 3"),
-        ("a,\nb,\n", r"0 labelled rows to train on, 0 to score \(column 'label'\): name a folder"),
-        ("a,0\n", "0 labelled rows to train on, 1 to score"),
-        ("a,3\nb,3\nc,3\n", "column 'label' of task .*t.csv': 1 classes: need 2 to 10,000"),
-        ("rare,odd\n" + "t,a\nt,b\n" * 150, "class 'odd' has 1 of the scored examples but none"),
-        ("a,b,0\nc,d,1\n", "row 2 has 3 cells, the header 2"),  # no column is an index
-        ("a,0\n\nb\n", "row 4 has 1 cells"),
-        ('a,0\nb,"1\nc,0\n', "line 4: unexpected end of data"),
-        ('a,0\n"he \\"said\\"",1\n', "line 3: ',' expected after"),
-    ],
-)
-def test_rows_that_cannot_be_used_are_named_as_the_file_counts_them(tmp_path, rows, message):
-    (tmp_path / "t.csv").write_text("text,label\n" + rows)
-    refused(message, tmp_path / "t.csv")
-
-
 def test_cells_keep_what_csv_files_are_written_for(tmp_path):
     texts = ["two\nlines", "a, b", 'say "so"', "10,000", "x" * 200_000, "caf\u00e9", '5" long']
     path = write_csv(
@@ -354,41 +324,63 @@ def test_cells_keep_what_csv_files_are_written_for(tmp_path):
         assert load_task(path) == once
 
 
+def rows(text: str) -> bytes:
+    return b"text,label\n" + text.encode("latin-1")
+
+
+def named(*labels: int) -> bytes:
+    """A Parquet file as the hub writes it, with names for two classes."""
+    names = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["a", "b"]}}}})}
+    pq.write_table(pa.table({"text": ["x"] * len(labels), "label": labels})
+                   .replace_schema_metadata(names), file := io.BytesIO())  # fmt: skip
+    return file.getvalue()
+
+
 OBJECT = b'{"text": "a", "label": 0}\n'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        # Rows as a table shows them, with the header and blank ones.
+        ("t.csv", rows("a,0\n  ,1\nc,0\n"), "column 'text' holds no text in row 3"),
+        ("t.csv", rows("a,0\nb,1\n\nnull,0\n"), "column 'text' holds no text in row 5: 'null'"),
+        ("t.csv", rows("1,0\n2,1\n3,0\n"), "column 'text' holds no text in row 2"),
+        ("t.csv", rows("a,0\nb,1\nc,NA\n"), "1 of 3 labels in column 'label' .* first in row 4"),
+        ("t.csv", rows("a,yes\nb,no\nc, \n"), "1 of 3 labels .* the first in row 4"),
+        ("t.csv", rows("a,0.5\nb,inf\nc,1e999\n"), "2 of 3 labels .* infinite, the first in row 3"),
+        ("t.csv", rows("a,\nb,\n"), r"0 labelled rows to train on, 0 .*'label'\): name a folder"),
+        ("t.csv", rows("a,0\n"), "0 labelled rows to train on, 1 to score"),
+        ("t.csv", rows("a,3\nb,3\n"), "column 'label' of task .*: 1 classes: need 2 to 10,000"),
+        ("t.csv", rows("rare,odd\n" + "t,a\nt,b\n" * 150), "class 'odd' has 1 of the scored"),
+        ("t.csv", rows("a,b,0\nc,d,1\n"), "row 2 has 3 cells, the header 2"),  # none is an index
+        ("t.csv", rows("a,0\n\nb\n"), "row 4 has 1 cells"),
+        ("t.csv", rows('a,0\nb,"1\nc,0\n'), "line 4: unexpected end of data"),
+        ("t.csv", rows('a,0\n"he \\"said\\"",1\n'), "line 3: ',' expected after"),
+        ("t.csv", rows("caf\xe9,0\n"), "cannot read .*'utf-8' codec"),
+        ("wide.csv", "text,label\na,0\n".encode("utf-16"), "cannot read .*'utf-8' codec"),
+        ("packed.csv", gzip.compress(rows("a,0\n"), mtime=0), "cannot read .*'utf-8' codec"),
+        ("packed.csv.gz", gzip.compress(rows("a,0\n"), mtime=0), "unknown file type .*'.gz'"),
+        ("t.tsv", b"text\tlabel\na\t0\n", "unknown file type .*'.tsv'"),
         ("empty.csv", b"", "no text column found in .*, which has none"),
         ("empty.jsonl", b"", "no text column found in .*, which has none"),
         ("empty.parquet", b"", "cannot read"),
-        ("latin1.csv", b"text,label\ncaf\xe9,0\n", "cannot read .*'utf-8' codec"),
         ("latin1.jsonl", OBJECT + b'{"text": "\xe9"}', "cannot read .*'utf-8' codec"),
-        ("wide.csv", "text,label\na,0\n".encode("utf-16"), "cannot read .*'utf-8' codec"),
         ("wide.jsonl", OBJECT.decode().encode("utf-16-le"), "line 1 is not text in UTF-8"),
-        ("packed.csv", gzip.compress(b"text,label\na,0\n", mtime=0), "'utf-8' codec"),
-        ("packed.csv.gz", gzip.compress(b"text,label\na,0\n", mtime=0), "file type .*'.gz'"),
-        ("tabs.tsv", b"text\tlabel\na\t0\n", "unknown file type .*'.tsv'"),
         ("half.jsonl", OBJECT + b'{"text": "b", "lab', "cannot read .*: line 2 column"),
         ("mixed.jsonl", OBJECT + b'{"text": "b", "label": "x"}', "'label' holds int and str: need"),
         ("lists.jsonl", b'{"text": "a", "label": [0, 1]}\n' * 8, "column 'label' holds list: need"),
         ("mixture.json", b"[" + OBJECT + b", 3]", "it holds other things than objects"),
+        ("twice.jsonl", b'{"text": "a", "text": "b", "label": 0}', "two values of one name"),
         ("surrogate.json", b'[{"text": "\\ud800", "label": 0}]', "surrogates not allowed"),
+        ("2 of a, b.parquet", named(0, 1, 2), "column 'label' holds int and str"),
+        ("hidden.parquet", named(0, 1, -1), "1 of 3 labels .* the first in row 3"),
     ],
-)  # fmt: skip
-def test_files_that_cannot_be_used_are_named_in_one_line(tmp_path, name, content, message):
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_used_is_named_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     assert name in refused(message, tmp_path / name)
-
-
-def test_a_number_without_a_class_is_refused(tmp_path):
-    names = {"info": {"features": {"label": {"names": ["a", "b"]}}}}
-    for extra, message in ((2, "column 'label' holds int and str"), (-1, "1 of 3 labels .* row 3")):
-        labels = pa.table({"text": ["x", "y", "z"], "label": [0, 1, extra]})
-        named = labels.replace_schema_metadata({"huggingface": json.dumps(names)})
-        pq.write_table(named, tmp_path / "t.parquet")
-        refused(message, tmp_path / "t.parquet")
 
 
 def test_a_file_that_changes_is_read_again_even_if_its_time_does_not(tmp_path):
@@ -418,30 +410,20 @@ def test_draws_are_seeded_disjoint_and_of_the_asked_size():
     assert data.draw(0, 20, 20)[0].texts == train.texts[:20]  # fewer are some of the same
     everything, none = data.draw(0, None, 0)
     assert sorted(everything.texts) == sorted(data.pool.texts) and none is None
+    # What does not fit beside the training examples is given up, but for a tenth of the pool.
+    for sizes, there in {(81, 20): (81, 19), (None, 100): (80, 20), (None, 99): (1, 99),
+                         (90, 500): (90, 10), (95, 5): (95, 5)}.items():  # fmt: skip
+        train, validation = data.draw(0, *sizes)
+        assert (len(train), len(validation)) == there == data.sizes(*sizes)
+        assert len({*train.texts, *validation.texts}) == sum(there)
+    for sizes, most in {(91, 20): 90, (96, 5): 95, (0, 20): 90, (101, 0): 100}.items():
+        match = f"train_size is {sizes[0]} but task 'planted' has 100 .* 1 to {most} beside val"
+        with pytest.raises(HealingError, match=match):
+            data.draw(0, *sizes)
     given = task_of(10, validation=6)
     train, validation = given.draw(3, None, 4)
     assert len(train) == 10 and validation.texts == ["v0", "v1", "v2", "v3"]
     assert len(given.draw(3, 5, 100)[1]) == 6
-
-
-@pytest.mark.parametrize(
-    ("train_size", "validation_size", "there"),
-    # What does not fit beside the training examples is given up, but for a tenth of the pool.
-    [(81, 20, (81, 19)), (None, 100, (80, 20)), (None, 99, (1, 99)), (90, 500, (90, 10)),
-     (95, 5, (95, 5)), (91, 20, 90), (96, 5, 95), (0, 20, 90), (101, 0, 100)],
-)  # fmt: skip
-def test_what_does_not_fit_is_scaled_or_the_line_says_what_would(
-    train_size, validation_size, there
-):
-    data = task_of(100)
-    if isinstance(there, tuple):
-        train, validation = data.draw(0, train_size, validation_size)
-        assert (len(train), len(validation)) == there == data.sizes(train_size, validation_size)
-        assert len({*train.texts, *validation.texts}) == sum(there)
-    else:
-        match = f"train_size is {train_size} but .* 100 .* need train_size from 1 to {there} beside"
-        with pytest.raises(HealingError, match=match):
-            data.draw(0, train_size, validation_size)
 
 
 def test_a_splits_hash_is_of_its_content():
