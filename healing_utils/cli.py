@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from healing_utils import __version__
-from healing_utils.base.errors import HealingError, choose
+from healing_utils.base.errors import HealingError
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,9 +50,7 @@ def parser() -> Parser:
     status = commands.add_parser("status", help="show done and missing cells, also while it runs")
     report = commands.add_parser("report", help="draw a run's analysis and page again")
     for one in (run, plan):
-        profile = one.add_argument(
-            "profile", metavar="PROFILE", help="quick, minilm, ... or a YAML file"
-        )
+        profile = one.add_argument("profile", metavar="PROFILE", help="quick, ... or a YAML file")
         one.add_argument("--out", metavar="DIR", help="run's folder (default data/runs/PROFILE)")
         parameter = one.add_argument(
             "-p", dest="parameters", nargs=2, action="append", default=[],
@@ -60,8 +58,8 @@ def parser() -> Parser:
         )  # fmt: skip
         profile.completer, parameter.completer = _profiles, _names  # for a shell's Tab
         one.add_argument("--shard", metavar="I/N", help="only that share of the cells: 2/8, say")
-    executors = "workers (processes here), in-process or ray"
-    run.add_argument("--executor", metavar="NAME", default="workers", help=executors)
+    where = ("workers", "in-process", "ray")  # processes of this machine, this one, a cluster's
+    run.add_argument("--executor", choices=where, default="workers", help="who computes cells")
     run.add_argument("--address", metavar="HOST:PORT", help="the Ray cluster's, from a node of it")
     run.add_argument("--again", action="store_true", help="execute finished notebooks too")
     for one in (status, report):
@@ -74,9 +72,9 @@ def answer(command: str, given: dict) -> str:
     if "parameters" in given:  # what is wrong with them is told at once: torch takes seconds
         from healing_utils.run import profiles
 
+        given["parameters"] = dict(given["parameters"])
         profiles.settle(given["profile"], given["out"], given["parameters"])
     if command == "run":
-        choose(given["executor"], ("workers", "in-process", "ray"), "executor")
         if given["address"] is not None and given["executor"] != "ray":
             raise HealingError("an address is for the executor ray: add --executor ray")
         # A cluster's or a container's polite stop is treated as Ctrl-C.
@@ -107,8 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         argcomplete.autocomplete(top)
     given = vars(top.parse_args(arguments))
-    if "parameters" in given:
-        given["parameters"] = dict(given["parameters"])
     try:
         print(answer(given.pop("command"), given))
     except BrokenPipeError:  # piped into head

@@ -25,8 +25,6 @@ from healing_utils.base.errors import HealingError, Unwritable
 BEAT = 15.0  # seconds between heartbeats of a claim
 STALE = 120.0  # a claim without a heartbeat for so long belongs to a run that is gone
 DAY = 86400.0  # no clock is so wrong: what another machine was writing then is of no use any more
-# What the json module raises for text that is no JSON, or lists in lists without end.
-NO_JSON = (ValueError, RecursionError)
 
 
 def canonical(value: Any) -> str:
@@ -67,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; empty where it is missing or cannot be read."""
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, *NO_JSON):
+    except (OSError, ValueError, RecursionError):  # the last: lists in lists without end
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -93,15 +91,18 @@ def _named(name: object) -> str:
     return name
 
 
-def _is_gone(pid: str) -> bool:
-    """Whether it was a process of this machine."""
+def _is_left(path: Path, here: bool, pid: str, patience: float) -> bool:
+    """Whether who wrote a file is gone: a process of this machine (`here`) that is no more, or any
+    that has not touched it for `patience` seconds."""
+    silent = abs(time.time() - path.lstat().st_mtime)  # clocks differ both ways
     try:
-        os.kill(int(pid), 0)  # only asks whether it is there
+        if here:
+            os.kill(int(pid), 0)  # only asks whether it is there
     except ProcessLookupError:
         return True
     except (OSError, OverflowError, ValueError):  # somebody else's, or no number
-        return False
-    return False
+        pass
+    return silent > patience
 
 
 class Store:
@@ -157,8 +158,8 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise HealingError(f"cannot read {path}: {error.strerror or error}") from error
-        except (*NO_JSON, KeyError, AttributeError, TypeError) as error:
+            raise HealingError(f"cannot read {path}: {_why(error)}") from error
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
             set_aside(path, error)
             return None
 
@@ -167,29 +168,24 @@ class Store:
         for path in (self.run / "claims").glob("*.json"):
             with contextlib.suppress(OSError, HealingError):
                 self.claimed_by_other(path.stem)  # removes it where its run is gone
-        here = f".{socket.gethostname()}"
         for path in self.run.rglob(".*.tmp"):
             with contextlib.suppress(OSError, ValueError):
-                rest, pid, _, _ = path.name.rsplit(".", 3)
-                old = abs(time.time() - path.lstat().st_mtime) > DAY
-                if old or (rest.endswith(here) and _is_gone(pid)):
+                name, pid, _, _ = path.name.rsplit(".", 3)
+                if _is_left(path, name.endswith(f".{socket.gethostname()}"), pid, DAY):
                     path.unlink()
 
     def claimed_by_other(self, key: str) -> str | None:
         """Who is computing the cell, or None. A claim whose run is gone is removed."""
         path = self.claim_path(key)
-        try:
-            silent = abs(time.time() - path.lstat().st_mtime)  # clocks differ both ways
-        except FileNotFoundError:
-            return None
         owner = str(read_json(path).get("owner"))  # it may be cut off, or still being written
         if owner == self.owner:
             return None
         host, pid, *_ = [*owner.split(":"), ""]
-        if silent > STALE or (host == socket.gethostname() and _is_gone(pid)):
-            path.unlink(missing_ok=True)
-            return None
-        return owner
+        with contextlib.suppress(FileNotFoundError):  # there is none
+            if not _is_left(path, host == socket.gethostname(), pid, STALE):
+                return owner
+            path.unlink()
+        return None
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:

@@ -80,4 +80,3 @@ def test_from_a_file_of_ones_own_to_its_page(tmp_path, monkeypatch, capsys):
     run_python("papermill", notebook, "out.ipynb", *given)
     assert json.loads((run / "parameters.json").read_text())["task"] == [str(task)]
     assert healing("status").startswith(f"Run {run}\n")
-    assert healing("report") == f"{run / 'index.html'}\n"
