@@ -22,8 +22,7 @@ from healing_utils.analysis.effects import (
     holm,
     named,
     no_duplicates,
-    p_opposite,
-    p_value,
+    p_values,
     t_interval,
     units_needed,
 )
@@ -47,9 +46,9 @@ UNIT = ["model", "variant", "main", "task", "seed", "effect", "sure", "cells"]
 class Claim:
     """An entry of the ledger.
 
-    `units(tables)` yields what `units` or `contrast` make.
-    `direction` is one of *more*, *not worse*, *same* (`effects.p_value`), `needs` what a run must
-    hold, and `stages` where its cells stand; `demonstrates`: on the organism it is no evidence.
+    `units(tables)` yields what `units` or `contrast` make. `direction`: *more*, *not worse* or
+    *same* (`effects.p_values`); `needs`: what a run must hold; `stages`: where its cells stand;
+    `demonstrates`: on the organism it is no evidence.
     """
 
     name: str
@@ -87,42 +86,38 @@ def entries(*names: str) -> dict[str, Claim]:
 def units(
     names: dict[str, Any], effects: pd.Series, cells: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """A frame of units: `effects` has the index (task, seed), `names` the columns before it, of
-    which `main` says that all cells are the main grid's. `cells` names the cells behind them:
-    ``task seed key`` and, where the effect is the sum of weight x score, ``weight``."""
+    """A frame of units: `effects` has the index (task, seed), `names` the model, the variant, and
+    whether all cells are the ``main`` grid's. `cells` names the cells behind them: ``task seed
+    key`` and, where the effect is the sum of weight x score, ``weight``."""
     frame = effects.rename("effect").rename_axis(["task", "seed"]).reset_index()
-    frame = frame.assign(**names, sure=frame["effect"], cells=[{}] * len(frame))
+    made: dict[tuple, dict[str, float]] = {}
     if cells is not None:
-        made: dict[tuple, dict[str, float]] = {}
-        weights = cells["weight"] if "weight" in cells else [math.nan] * len(cells)
-        for task, seed, key, weight in zip(cells.task, cells.seed, cells.key, weights, strict=True):
-            own = made.setdefault((task, seed), {})
-            own[key] = own.get(key, 0.0) + weight
-        frame["cells"] = [made.get(at, {}) for at in zip(frame.task, frame.seed, strict=True)]
-    return frame[UNIT]
+        for row in cells.assign(weight=cells.get("weight", math.nan)).itertuples():
+            own = made.setdefault((row.task, row.seed), {})
+            own[row.key] = own.get(row.key, 0.0) + row.weight
+    frame["cells"] = [made.get(at, {}) for at in zip(frame.task, frame.seed, strict=True)]
+    names = {"variant": "", "main": False} | names
+    return frame.assign(**names, sure=frame["effect"])[UNIT]
 
 
-def apart(rows: pd.DataFrame, other: str, weight: float | pd.Series = 1.0) -> pd.DataFrame:
-    """Cells, and against them those whose ``score_OTHER`` and ``key_OTHER`` stand beside them, as
-    `contrast` takes them: score - score of the other, times `weight`."""
+def contrast(
+    names: dict[str, Any], rows: pd.DataFrame, weight: float | pd.Series = 1.0, other: str = ""
+) -> pd.DataFrame:
+    """Units whose effect is the sum of weight x score over rows ``task seed key score``, or, with
+    an `other` whose ``score_OTHER`` and ``key_OTHER`` stand beside them, of weight x (score - score
+    of the other). A unit that lacks one of the rows has none; beside the main grid it is left out,
+    as scans have their own seeds. A column ``sure`` is the score that a claim of a lack of recovery
+    may count on."""
     rows = rows.assign(weight=weight, sure=rows["sure"] if "sure" in rows else rows["score"])
-    names = ["task", "seed", "key", "score", "sure", "weight"]
-    theirs = rows[["task", "seed", f"key_{other}", *[f"score_{other}"] * 2]].set_axis(
-        names[:-1], axis=1
-    )
-    return pd.concat([rows[names], theirs.assign(weight=-rows["weight"])])
-
-
-def contrast(names: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
-    """Units whose effect is the sum of weight x score over rows ``task seed key score weight``. A
-    unit that lacks one of the rows has none; beside the main grid it is left out, as scans have
-    their own seeds. A score ``sure`` is what a claim of a lack of recovery may count on."""
-    sure = rows["weight"] * rows["sure" if "sure" in rows else "score"]
-    each = rows[["task", "seed"]].assign(effect=rows["weight"] * rows["score"], sure=sure)
-    each = each.groupby(["task", "seed"])
+    if other:
+        score = rows[f"score_{other}"]
+        theirs = {"key": rows[f"key_{other}"], "score": score, "sure": score}
+        rows = pd.concat([rows, rows.assign(**theirs, weight=-rows["weight"])])
+    sums = {"effect": rows["weight"] * rows["score"], "sure": rows["weight"] * rows["sure"]}
+    each = rows[["task", "seed"]].assign(**sums).groupby(["task", "seed"])
     total = each.sum(min_count=each.size().max())
     frame = units(names, total["effect"], rows).assign(sure=total["sure"].to_numpy())
-    return frame if names["main"] else frame.dropna(subset="effect")
+    return frame if names.get("main") else frame.dropna(subset="effect")
 
 
 def decide(tables: Any, ledger: dict[str, Claim] = LEDGER) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -140,9 +135,11 @@ def decide(tables: Any, ledger: dict[str, Claim] = LEDGER) -> tuple[pd.DataFrame
             row, tasks = _row(entry, names, part, tables)
             rows.append(row)
             by_task += tasks
+        untested = {"n": 0, "tasks": "", "primary": False, "verdict": "not tested",
+                    "reason": f"it needs {entry.needs}"}  # fmt: skip
         for model in () if every.model.eq("all").any() else tables.models:
             if not every.model.eq(model).any():
-                rows.append(_untested(entry, model))
+                rows.append(_what(entry, {"model": model, "variant": ""}) | untested)
     table = pd.DataFrame(rows, columns=[*COLUMNS, "each", "sure", "problems", "opposite"])
     table["primary"] = table["primary"].astype(bool)
     for _, part in groups(table[table.primary], ["model"]):
@@ -160,6 +157,7 @@ def decide(tables: Any, ledger: dict[str, Claim] = LEDGER) -> tuple[pd.DataFrame
 def _row(
     entry: Claim, names: dict[str, Any], part: pd.DataFrame, tables: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A claim's row before its verdict, and the effects by task."""
     no_duplicates(part, ["task", "seed"], f"{entry.name}, {names['variant']}")
     wide = part.pivot(index="seed", columns="task", values="effect").astype(float)
     wide = wide.replace([math.inf, -math.inf], math.nan)
@@ -169,20 +167,14 @@ def _row(
     keys = {key for made in kept["cells"] for key in made}
     stages = [s for s in entry.stages if not names["main"] or s not in ("scans", "harms")]
     missing = [name for stage in stages for name in tables.missing(stage)]
-    problems = (
-        [f"{count(len(missing), 'planned cell')} missing: {named(missing)}"] if missing else []
-    )
     gaps = [f"{task} seed {seed}" for seed, task in wide.isna().stack().loc[lambda gap: gap].index]
-    if gaps:
-        problems.append(f"{count(len(gaps), 'unit')} without an effect: {named(gaps)}")
-    interval = t_interval(values)
+    problems = [f"{count(len(missing), 'planned cell')} missing: {named(missing)}"] * bool(missing)
+    problems += [f"{count(len(gaps), 'unit')} without an effect: {named(gaps)}"] * bool(gaps)
     without = [complete.drop(columns=task).mean(axis=None) for task in wide if wide.shape[1] > 1]
-    p = p_value(values, entry.direction, entry.margin)
-    opposite = p_opposite(values, entry.direction, entry.margin)
+    p, opposite = p_values(values, entry.direction, entry.margin)
     row = {
-        **_what(entry, names["model"]), "variant": names["variant"], "effect": interval.mean,
-        "low": interval.low, "high": interval.high, "n": len(values), "tasks": ", ".join(wide),
-        "without_low": min(without, default=math.nan),
+        **_what(entry, names), **dict(zip(BY_TASK[4:], t_interval(values), strict=True)),
+        "tasks": ", ".join(wide), "without_low": min(without, default=math.nan),
         "without_high": max(without, default=math.nan), "p": p,
         "test_error": _test_error(kept, tables.answers) if keys else math.nan,
         "cells": len(keys) or math.nan,
@@ -192,11 +184,10 @@ def _row(
         "seeds_needed": math.nan, "each": values, "problems": problems, "opposite": opposite,
         "sure": kept.groupby("seed")["sure"].mean().astype(float).to_numpy(),
     }  # fmt: skip
-    own = {"claim": entry.name, "model": names["model"], "variant": names["variant"]}
-    each = {task: t_interval(complete[task]) for task in wide}
+    own = {name: row[name] for name in BY_TASK[:3]}
     by_task = [
-        {**own, "task": task, "effect": i.mean, "low": i.low, "high": i.high, "n": i.n}
-        for task, i in each.items()
+        {**own, "task": task, **dict(zip(BY_TASK[4:], t_interval(complete[task]), strict=True))}
+        for task in wide
     ]
     return row, by_task
 
@@ -215,20 +206,13 @@ def _test_error(kept: pd.DataFrame, answers: Callable[[str], np.ndarray | None])
     return float(np.linalg.norm(errors)) / len(errors)
 
 
-def _what(entry: Claim, model: str) -> dict[str, Any]:
-    organism = str(model).rstrip("/\\").replace("\\", "/").split("/")[-1] == "organism"
+def _what(entry: Claim, names: dict[str, Any]) -> dict[str, Any]:
+    folder = str(names["model"]).rstrip("/\\").replace("\\", "/").split("/")[-1]
+    shown = folder == "organism" and entry.demonstrates
     return {
-        "claim": entry.name, "statement": entry.statement, "source": entry.source, "model": model,
-        "direction": entry.direction, "margin": entry.margin,
-        "evidence": DEMONSTRATION if organism and entry.demonstrates else entry.caveat,
-    }  # fmt: skip
-
-
-def _untested(entry: Claim, model: str) -> dict[str, Any]:
-    reason = f"it needs {entry.needs}"
-    return {
-        **_what(entry, model), "variant": "", "n": 0, "primary": False, "verdict": "not tested",
-        "reason": reason, "tasks": "",
+        "claim": entry.name, "statement": entry.statement, "source": entry.source,
+        "model": names["model"], "variant": names["variant"], "direction": entry.direction,
+        "margin": entry.margin, "evidence": DEMONSTRATION if shown else entry.caveat,
     }  # fmt: skip
 
 
@@ -242,7 +226,7 @@ def verdict(row: pd.Series, alpha: float) -> tuple[str, str, float]:
         return "undecided", "fewer than two seeds", math.nan
     points = f"{100 * margin:g} point" + ("" if margin == 0.01 else "s")
     if (row.p_corrected if row.primary else row.p) < ALPHA:
-        if not p_value(row.sure, direction, margin) < alpha:
+        if not p_values(row.sure, direction, margin)[0] < alpha:
             return "undecided", "not sure with the censored cells counted as recovered", math.nan
         where = {
             "more": f"above {points}",

@@ -66,26 +66,17 @@ def sign_flip(values: Iterable[float]) -> float:
     return float((sums >= least).mean())
 
 
-def p_value(values: Iterable[float], direction: str, margin: float) -> float:
-    """p of a claim about the mean of `values`: *more* (against mean <= margin), *not worse*
-    (against mean <= -margin) or *same* (against |mean| >= margin, the larger of two tests)."""
-    x = _finite(values)
-    if direction == "more":
-        return sign_flip(x - margin)
-    if direction == "not worse":
-        return sign_flip(x + margin)
-    return float(np.maximum(sign_flip(x + margin), sign_flip(margin - x)))
-
-
-def p_opposite(values: Iterable[float], direction: str, margin: float) -> float:
-    """p of the claim's opposite: the mean below the margin (*more*), below -margin (*not worse*),
-    or beyond the margin on either side (*same*, for which the smaller of two tests is doubled)."""
-    x = _finite(values)
-    if direction == "more":
-        return sign_flip(margin - x)
-    if direction == "not worse":
-        return sign_flip(-margin - x)
-    return float(np.minimum(1, 2 * np.minimum(sign_flip(x - margin), sign_flip(-margin - x))))
+def p_values(values: Iterable[float], direction: str, margin: float) -> tuple[float, float]:
+    """p of a claim about the mean of `values`, and p of its opposite. *more*: the mean is above the
+    margin, or below it; *not worse*: above -margin, or below; *same*: within both margins (the
+    larger p of two tests), or beyond either (the smaller, doubled)."""
+    x = np.asarray(list(values), dtype=float)
+    if direction == "same":
+        within = np.maximum(sign_flip(x + margin), sign_flip(margin - x))
+        beyond = np.minimum(sign_flip(x - margin), sign_flip(-margin - x))
+        return float(within), float(np.minimum(1, 2 * beyond))
+    limit = margin if direction == "more" else -margin
+    return sign_flip(x - limit), sign_flip(limit - x)
 
 
 def holm(p_values: Iterable[float]) -> np.ndarray:

@@ -99,6 +99,11 @@ class Tables:
         left = knowledge.above_chance(self.scores)[1].query("n > 1")
         return set(zip(left["model"], left["task"], strict=True))
 
+    def learnt(self, model: str, effects: pd.Series) -> pd.Series:
+        """Effects (task, seed) without those of tasks at chance."""
+        at_chance = [task for name, task in self.at_chance if name == model]
+        return effects[~effects.index.get_level_values("task").isin(at_chance)]
+
     @cached_property
     def healed_knowledge(self) -> list[tuple[dict, pd.DataFrame]]:
         """`knowledge.healing_by_cell` of every model, by every measure that the run has."""

@@ -36,32 +36,30 @@ def gather(
 ) -> pd.DataFrame:
     """All scored cells of some stages of a run, as `beside_intact` gives them."""
     tables = [results.load_results(run, s) for s in stages if results.has_stage(run, s)]
-    if not tables:
-        names = ["harm", "intact", "score_intact", "key_intact", "loss", "retained", "usual",
-                 "budget", "variant"]  # fmt: skip
-        return pd.DataFrame(columns=[*results.COLUMNS["scans"], *names])
-    return beside_intact(pd.concat(tables, ignore_index=True))
+    none = pd.DataFrame(columns=results.COLUMNS["scans"])
+    return beside_intact(pd.concat(tables, ignore_index=True) if tables else none)
 
 
 def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
     """The tables of task stages put together, with further columns: `scan`, ``main`` for the main
-    grid; `harm`, the kind with its strength; `intact`, the score of the intact model of the same
-    model, task, seed and budget (also `score_intact`), and `key_intact`; `loss` = intact - score;
-    `retained` = score / intact; `usual`, whether the budget is that of the study's parameters, and
-    `budget`, in words how it differs; `variant`, in words harm, recipe, start and budget."""
+    grid; `harm`, the kind with its strength; `place`, in words; `intact`, the score of the intact
+    model of the same model, task, seed and budget (also `score_intact`), and `key_intact`; `loss` =
+    intact - score; `retained` = score / intact; `usual`, whether the budget is that of the study's
+    parameters, and `budget`, in words how it differs; `variant`, harm, recipe, start and budget."""
     cells = cells[cells["state"] != "untrained"].reset_index(drop=True)  # a floor, no harm
     one_metric(cells)
     cells["scan"] = cells["scan"].fillna("main") if "scan" in cells else "main"
-    cells["level"] = cells["level"].astype(float).round(LEVEL_DIGITS)
+    numbers = dict.fromkeys(["level", "strength", "train_size", "steps"], float)
+    cells = cells.astype(numbers).round({"level": LEVEL_DIGITS})
     cells["harm"] = spell_harms(cells)
+    cells["place"] = list(map(place, cells["side"], cells["level"], cells["layers"]))
     cells["part"] = cells["part"].fillna("none")
-    cells["steps"] = cells["steps"].astype(float)  # none of what is broken
     intact = once(cells[cells["state"] == "intact"], [*_UNIT, *BUDGET])
     # What is broken was not trained and records no examples: those of its fine-tuned model.
     rest = [*_UNIT, *BUDGET[1:]]
     sizes = intact.drop_duplicates(rest)[[*rest, "train_size"]]
-    sizes = cells[rest].merge(sizes, on=rest, how="left")["train_size"].astype(float)
-    cells["train_size"] = cells["train_size"].astype(float).fillna(sizes)
+    sizes = cells[rest].merge(sizes, on=rest, how="left")["train_size"]
+    cells["train_size"] = cells["train_size"].fillna(sizes)
     # Its steps too, which a training that broke off, or warmed up first, has fewer of.
     own = intact[[*_UNIT, *BUDGET, "score", "key", "steps"]]
     own = own.rename(columns={"score": "intact", "key": "key_intact", "steps": "whole_main"})
@@ -77,7 +75,7 @@ def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _variant(row) -> str:
-    recipe = "" if row.recipe == "full" else "by " + row.recipe.replace("_", " ")
+    recipe = "" if row.recipe == "full" else "by " + harm_name(row.recipe)
     start = "" if row.start == "pre-trained" else row.start
     return ", ".join(filter(None, [harm_name(row.harm), recipe, start, row.budget]))
 
@@ -87,13 +85,10 @@ def _budget(row) -> str:
     steps = row.whole_main if row.whole_main > 0 else row.steps
     known = steps > 0 and row.steps_main > 0
     ratio = Fraction(steps / row.steps_main if known else 1).limit_denominator(12)
-    words = [
-        "" if ratio == 1 else f"{ratio} {'times' if ratio > 1 else 'of'} the steps",
-        f"{row.train_size:,.0f} examples" if row.train_size != row.train_size_main else "",
-        f"rate {row.learning_rate:g}" if row.learning_rate != row.learning_rate_main else "",
-        f"{row.head} head" if row.head != row.head_main else "",
-    ]
-    return ", ".join(filter(None, words))
+    words = [f"{ratio} {'times' if ratio > 1 else 'of'} the steps"] if ratio != 1 else []
+    words += [f"{row.train_size:,.0f} examples"] if row.train_size != row.train_size_main else []
+    words += [f"rate {row.learning_rate:g}"] if row.learning_rate != row.learning_rate_main else []
+    return ", ".join(words + ([f"{row.head} head"] if row.head != row.head_main else []))
 
 
 def spell_harms(cells: pd.DataFrame) -> list[str]:
@@ -164,11 +159,6 @@ def most_kinds(broken: pd.DataFrame) -> pd.DataFrame:
     return max(places, key=lambda part: part["harm"].nunique())
 
 
-def place_name(row: pd.Series) -> str:
-    """`place` of a row of a table of cells."""
-    return place(row["side"], row["level"], row["layers"])
-
-
 def place(side: str, level: float, layers: Sequence[int] = ()) -> str:
     """Where layers were hit, in words: ``bottom 1/2``, ``all layers``; chosen ones as people and
     figures count them, ``layer 1`` being the first of the encoder and 0 the embeddings."""
@@ -192,7 +182,6 @@ def beside_recipe(cells: pd.DataFrame, other: str = "full") -> pd.DataFrame:
     theirs = chosen["recipe"] == other
     beside = chosen[theirs][[*same, "score", "key"]]
     both = chosen[~theirs].merge(beside, on=same, suffixes=("", "_other"))
-    both["place"] = [place_name(row) for _, row in both.iterrows()]
     return both.assign(gain=both["score"] - both["score_other"])
 
 
@@ -220,7 +209,6 @@ def deployed(cells: pd.DataFrame) -> pd.DataFrame:
     four, and the `gain` of healing the deployed model."""
     chosen = cells[cells["usual"] & (cells["recipe"] == "full") & (cells["part"] == "all")]
     chosen = once(chosen, ["key", "side"])
-    chosen["place"] = [place_name(row) for _, row in chosen.iterrows()]
     chosen["what"] = chosen["state"] + chosen["start"].map({"fine-tuned": "_deployed"}).fillna("")
     place = ["model", "task", "harm", "side", "level", "place"]
     wide = chosen.pivot_table(index=[*place, "seed", "intact"], columns="what", values="score")

@@ -60,22 +60,15 @@ def above_chance(task_results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
     for names, part in groups(intact, ["model", "task"], sort=True):
         part = part[part.score.notna() & part.chance.notna()]
         above = t_interval(part.score - part.chance)
-        reason = ""
+        reason = "" if above.low > 0 else f"score - chance is {above}, not above zero"
         if above.n < 2:
             reason = f"{count(above.n, 'seed')}, no interval for score - chance"
-        elif not above.low > 0:
-            reason = f"score - chance is {above}, not above zero"
-        rows.append(
-            {
-                **names, "metric": ", ".join(sorted(set(part.metric))), "score": part.score.mean(),
-                "chance": part.chance.mean(), "above": above.mean, "low": above.low,
-                "high": above.high, "n": above.n, "reason": reason,
-            }
-        )  # fmt: skip
+        metric = ", ".join(sorted(set(part.metric)))
+        means = (part.score.mean(), part.chance.mean())
+        rows.append([*names.values(), metric, *means, *above, reason])
     names = ["model", "task", "metric", "score", "chance", "above", "low", "high", "n", "reason"]
     found = pd.DataFrame(rows, columns=names)
-    kept = found.reason == ""
-    return found[kept].reset_index(drop=True), found[~kept].reset_index(drop=True)
+    return found[found.reason == ""], found[found.reason != ""]
 
 
 def checked(frame: pd.DataFrame, stage: str = "probing") -> pd.DataFrame:
@@ -106,22 +99,15 @@ def by_layer(table: pd.DataFrame, value: str) -> pd.DataFrame:
     return cells.mean().where(cells.count().eq(cells.size(), axis=0)).where(full, axis=0)
 
 
-def before_after(
-    table: pd.DataFrame, value: str, model: str
-) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Of each task `value` by layer before and after fine-tuning, two frames (seeds, layers) of the
+def before_after(table: pd.DataFrame, value: str, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`value` by layer before and after fine-tuning, two frames (task and seed, layers) of the
     seeds that either has; NaN where one lacks it. The pre-trained model is every task's."""
-    own = table[table.model == model]
-    if own.empty:
-        return {}
-    curves = by_layer(own, value)
-    of = {
-        key: part.droplevel([n for n in _CELL if n != "seed"])
-        for key, part in curves.groupby(level=["state", "task"], sort=True)
-    }
-    before = of.get(("pretrained", "none"), curves.head(0))
-    tasks = [task for state, task in of if state == "intact"]
-    return {task: before.align(of["intact", task], join="outer", axis=0) for task in tasks}
+    curves = by_layer(table[table.model == model], value).droplevel(["model", *_CELL[3:6]])
+    after = curves[curves.index.get_level_values("state") == "intact"].droplevel("state")
+    before = curves[curves.index.get_level_values("state") == "pretrained"].droplevel("state")
+    tasks = pd.DataFrame({"task": after.index.unique("task")})
+    before = tasks.merge(before.droplevel("task").reset_index(), how="cross")
+    return before.set_index(["task", "seed"]).align(after, join="outer", axis=0)
 
 
 def kept_depth(probing: pd.DataFrame) -> pd.DataFrame:
@@ -130,11 +116,12 @@ def kept_depth(probing: pd.DataFrame) -> pd.DataFrame:
     row a model and task."""
     table, rows = checked(probing), []
     for model in dict.fromkeys(table.model):
-        for task, (before, after) in before_after(table, "selectivity", model).items():
-            whole = before.notna().all(axis=1) & after.notna().all(axis=1)
-            had, has = deeper_half(before[whole]), deeper_half(after[whole])
-            kept = bounds("kept_share", (has / had)[had > 0])
-            rows.append({"model": model, "task": task, **kept, "n": int(whole.sum())})
+        before, after = before_after(table, "selectivity", model)
+        whole, had = (before.notna() & after.notna()).all(axis=1), deeper_half(before)
+        shares = (deeper_half(after) / had).where(whole & (had > 0))
+        for task, own in shares.groupby(level="task"):
+            kept = bounds("kept_share", own.dropna())
+            rows.append({"model": model, "task": task, **kept, "n": int(whole[task].sum())})
     return pd.DataFrame(rows)
 
 
@@ -154,12 +141,11 @@ def healing_by_cell(
     """
     choose(measure, MEASURES, "measure of knowledge")
     table, scores = checked(probing), clean(task_results)
-    corrupted = table[table.state.isin(["broken", "healed"])]
-    corrupted = corrupted[(corrupted.kind == kind) & corrupted.side.isin(SIDES)]
+    corrupted = table.state.isin(["broken", "healed"]) & (table.kind == kind)
+    corrupted = table[corrupted & table.side.isin(SIDES)]
     if corrupted.empty:
         raise HealingError(f"no broken or healed cell of kind {kind!r} in the probing table")
     fits = (scores.kind == kind) & (scores.part == "all") & scores.side.isin(SIDES)
-    fits &= scores.state.isin(["broken", "healed"])
     measured = measures(scores[(scores.state == "intact") | fits])
     no_duplicates(measured, _UNIT, "scores of broken and healed")  # of several strengths
     rows = _of_knowledge(table, corrupted, measure)
@@ -192,31 +178,28 @@ def _of_knowledge(table: pd.DataFrame, corrupted: pd.DataFrame, measure: str) ->
     """`measure` of the corrupted layers, intact, broken and healed, a row a setting and seed; NaN
     where a layer, corpus or column is missing."""
     place = ["model", "side", "level"]
-    where = corrupted.drop_duplicates([*place, "layers"])[[*place, "kind", "layers", "n_layers"]]
-    for names, part in groups(where, place):
+    for names, part in groups(corrupted.drop_duplicates([*place, "layers"]), place):
         if len(part) > 1:
             raise HealingError(
                 f"{names['model']}, {names['side']} {as_fraction(names['level'])}: cells of "
                 f"different layers, {' and '.join(map(str, sorted(part.layers)))}"
             )
-    units = corrupted[_UNIT].drop_duplicates().merge(where, on=place)
-    units = units.sort_values([*place, "task", "seed"]).set_index(_UNIT)
-    own = ["layer", "state", measure, "cka"]
-    intact = table.loc[table.state == "intact", ["model", "task", "seed", *own]]
-    every = pd.concat([intact.merge(units.reset_index()[_UNIT]), corrupted[[*_UNIT, *own]]])
-    every = every.join(units.layers, on=_UNIT)
+    units = corrupted.drop_duplicates(_UNIT)[[*_UNIT, "kind", "layers", "n_layers"]]
+    units = units.sort_values([*place, "task", "seed"], ignore_index=True)
     # Hidden state i + 1 is the output of layer i; what is no layer is the embeddings, 0.
-    pairs = zip(every.layer, every.layers, strict=True)
-    hit = np.array([layer - 1 in layers or not (layers or layer) for layer, layers in pairs])
-    read = len(table[["corpus", "column"]].drop_duplicates())
-    wanted = {True: units.layers.map(lambda x: max(len(x), 1)), False: units.n_layers + 1}
+    hits = [[layer + 1 for layer in layers] or [0] for layers in units.layers]
+    every = [range(n + 1) for n in units.n_layers]
 
-    def mean(state: str, value: str = measure, all_layers: bool = False) -> pd.Series:
-        cells = every[(every.state == state) & (hit | all_layers)].groupby(_UNIT)[value]
-        enough = cells.count().reindex(units.index) == read * wanted[not all_layers]
-        return cells.mean().reindex(units.index).where(enough)
+    def known(state: str, value: str = measure) -> np.ndarray:  # (units, layers + 1)
+        whole = {"side": "none", "level": 0.0, "kind": "none"} if state == "intact" else {}
+        cells = units.assign(state=state, **whole)[_CELL]
+        return by_layer(table, value).reindex(pd.MultiIndex.from_frame(cells)).to_numpy()
 
+    def mean(values: np.ndarray, layers: list) -> list[float]:
+        return [own[read].mean() for own, read in zip(values, layers, strict=True)]
+
+    intact, broken, healed = map(known, ("intact", "broken", "healed"))
     return units.assign(
-        knew=mean("intact"), broke=mean("broken"), knows=mean("healed"), cka=mean("healed", "cka"),
-        knowledge_loss_all=mean("intact", all_layers=True) - mean("healed", all_layers=True),
-    ).reset_index()  # fmt: skip
+        knew=mean(intact, hits), broke=mean(broken, hits), knows=mean(healed, hits),
+        cka=mean(known("healed", "cka"), hits), knowledge_loss_all=mean(intact - healed, every),
+    )  # fmt: skip

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from healing_utils.analysis import harm, knowledge
-from healing_utils.analysis.claims import apart, claim, contrast, units
+from healing_utils.analysis.claims import claim, contrast, units
 from healing_utils.analysis.effects import groups, t_interval
 from healing_utils.analysis.evidence import FORGET, PRESERVE, Tables
 from healing_utils.analysis.knowledge import before_after, deeper_half
@@ -29,16 +29,29 @@ BROKEN = ("baseline", "corruption", "harms")
 # Shares of accuracy, of depth, or of what was known before: 0.02 is a quarter of one layer of
 # twelve, and what a probe of random labels shows by chance.
 KNOWLEDGE_MARGIN = 0.02
-PLACE = ["side", "level"]
 
 
-def _sides(part: pd.DataFrame) -> list[str]:
-    return [side for side in ("bottom", "top") if side in set(part["side"])]
+def _by_side(names: dict, part: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
+    """Cells with their names: of bottom and top together, where both are there, of each, and of all
+    layers."""
+    sides = [side for side in ("bottom", "top") if side in set(part["side"])]
+    both = [(sides, "")] if len(sides) == 2 else []
+    for chosen, where in [*both, *(([s], f", {s}") for s in sides), (["all"], ", all layers")]:
+        own = part[part["side"].isin(chosen)]
+        if len(own):
+            told = {"variant": names["variant"] + where, "main": names["main"] and not where}
+            yield names | told, own
 
 
 def _share(part: pd.DataFrame) -> float:
     """What each place (side and level) of a mean over them weighs."""
-    return 1 / len(part[PLACE].drop_duplicates())
+    return 1 / len(part[["side", "level"]].drop_duplicates())
+
+
+def _slope(x: pd.Series) -> pd.Series:
+    """What each y weighs in its least-squares slope on the values of x."""
+    values = x.unique()
+    return (x - values.mean()) / ((values - values.mean()) ** 2).sum()
 
 
 @claim("A1", "Corrupted models do not fully recover", "paper A, abstract",
@@ -50,13 +63,8 @@ def loss(tables: Tables) -> Iterator[pd.DataFrame]:
         unsure = part["key"].isin(tables.censored_keys)
         best = part[["score", "score_intact"]].max(axis=1)
         part = part.assign(sure=part["score"].mask(unsure, best))
-        sides = _sides(part)
-        both = [(sides, "")] if len(sides) == 2 else []
-        for chosen, where in [*both, *(([s], f", {s}") for s in sides), (["all"], ", all layers")]:
-            own = part[part["side"].isin(chosen)]
-            if len(own):
-                told = {"variant": names["variant"] + where, "main": names["main"] and not where}
-                yield contrast(names | told, apart(own, "intact", -_share(own)))
+        for told, own in _by_side(names, part):
+            yield contrast(told, own, -_share(own), "intact")
 
 
 @claim("A2", "The more is corrupted, the more is lost", "paper A, abstract",
@@ -65,20 +73,11 @@ def rise(tables: Tables) -> Iterator[pd.DataFrame]:
     """Least-squares slope of the loss on the level, times the range of levels below 1; the mean of
     the sides. (Level 1 contains the bottom: it would tell which layers were hit.)"""
     for names, part in tables.healed(by_level=False):
-        slopes = {}
-        for side in _sides(part):
-            own = part[part["side"] == side]
-            levels = own["level"].unique()
-            if len(levels) > 1:
-                weight = (own["level"] - levels.mean()) * np.ptp(levels)
-                weight /= ((levels - levels.mean()) ** 2).sum()
-                slopes[side] = apart(own, "intact", -weight)
-        if len(slopes) == 2:
-            both = pd.concat(slopes.values())
-            yield contrast(names, both.assign(weight=both["weight"] / 2))
-        for side, slope in slopes.items():
-            where = {"variant": f"{names['variant']}, {side}", "main": False}
-            yield contrast(names | where, slope)
+        part = part[part["level"] < 1]
+        levels = part.groupby("side")["level"]
+        part = part.assign(slope=levels.transform(_slope) * levels.transform(np.ptp))
+        for told, own in _by_side(names, part.dropna(subset="slope")):
+            yield contrast(told, own, -own["slope"] / own["side"].nunique(), "intact")
 
 
 @claim("A3", "Corrupting the bottom layers costs more than corrupting as many top layers",
@@ -89,12 +88,11 @@ def side_difference(tables: Tables) -> Iterator[pd.DataFrame]:
         own = part[part["side"].isin(["bottom", "top"])]
         own = own[own.groupby("level")["side"].transform("nunique") == 2]
         if len(own):
-            sign = own["side"].map({"top": 2.0, "bottom": -2.0})
-            yield contrast(names, own.assign(weight=sign * _share(own)))
+            yield contrast(names, own, own["side"].map({"top": 2.0, "bottom": -2.0}) * _share(own))
 
 
 def _pairs(first: pd.DataFrame, second: pd.DataFrame, same: list[str]) -> pd.DataFrame:
-    """Cells beside those of `second` that are alike in `same`, as `apart` takes them."""
+    """Cells beside those of `second`, the ``other``, that are alike in `same`."""
     theirs = harm.once(second, same)[[*same, "key", "score"]]
     return first.merge(theirs, on=same, suffixes=("", "_other"))
 
@@ -104,7 +102,7 @@ def _controls(side: str, tables: Tables) -> Iterator[pd.DataFrame]:
     control, bottom = (healed[healed["side"] == name] for name in (side, "bottom"))
     both = _pairs(harm.once(control), bottom, ["model", "variant", "level", "task", "seed"])
     for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names | {"main": False}, apart(part, "other", _share(part)))
+        yield contrast(names, part, _share(part), "other")
 
 
 for _side, _drawn in (("random", "layers drawn at random"),
@@ -122,10 +120,10 @@ def worth(tables: Tables) -> Iterator[pd.DataFrame]:
     healed = harm.by_side(cells[cells["state"] == "healed"])
     scratch = cells[cells["state"] == "scratch"]
     both = _pairs(healed, scratch, ["model", "task", "seed", *harm.BUDGET])
-    both["variant"] = [f"{row['variant']}, {harm.place_name(row)}" for _, row in both.iterrows()]
+    both["variant"] += ", " + both["place"]
     both = both.sort_values("harm", key=lambda harm: harm != "reinit", kind="stable")
     for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names | {"main": False}, apart(part, "other"))
+        yield contrast(names, part, other="other")
 
 
 @claim("B1", "RTE, MRPC and STS-B preserve linguistic knowledge in the higher layers, SST-2, QNLI "
@@ -136,23 +134,14 @@ def worth(tables: Tables) -> Iterator[pd.DataFrame]:
 def forgetting(tables: Tables) -> Iterator[pd.DataFrame]:
     """Drop of the accuracy over the deeper half of the layers, pre-trained minus fine-tuned for as
     many steps on all tasks: mean of those said to forget minus mean of those said to preserve."""
-    for model in tables.models:
-        drops = {
-            task: deeper_half(before) - deeper_half(after)
-            for task, (before, after) in before_after(
-                tables.equally_trained, "accuracy", model
-            ).items()
-            if (model, task) not in tables.at_chance
-        }
+    for model in tables.equally_trained["model"].unique():
+        before, after = before_after(tables.equally_trained, "accuracy", model)
+        drops = tables.learnt(model, deeper_half(before) - deeper_half(after)).unstack("task")
         forget, preserve = (sorted(group & set(drops)) for group in (FORGET, PRESERVE))
         if forget and preserve:
-            lost, kept = (
-                pd.DataFrame(drops)[tasks].mean(axis=1, skipna=False)
-                for tasks in (forget, preserve)
-            )
+            lost, kept = (drops[tasks].mean(axis=1, skipna=False) for tasks in (forget, preserve))
             against = f"{' '.join(forget)} against {' '.join(preserve)}"
-            effect = pd.concat({against: lost - kept})
-            yield units({"model": model, "variant": "", "main": True}, effect)
+            yield units({"model": model, "main": True}, pd.concat({against: lost - kept}))
 
 
 @claim("B2", "Linguistic knowledge gathers in the lower layers after fine-tuning",
@@ -161,21 +150,17 @@ def forgetting(tables: Tables) -> Iterator[pd.DataFrame]:
 def gathering(tables: Tables) -> Iterator[pd.DataFrame]:
     """Centre of mass of the minimal neuron set over the layers (0 embeddings, 1 last), before minus
     after; tasks at chance stand apart, as the negative control."""
-    for model in tables.models:
-        pairs = before_after(tables.neurons, "center_of_mass", model)
-        shifts = {task: (before - after)[0] for task, (before, after) in pairs.items()}
-        yield from _beside_chance(tables, model, shifts)
+    for model in tables.neurons["model"].unique():
+        before, after = before_after(tables.neurons, "center_of_mass", model)
+        yield from _beside_chance(tables, model, (before - after).mean(axis=1))
 
 
-def _beside_chance(
-    tables: Tables, model: str, effects: dict[str, pd.Series]
-) -> Iterator[pd.DataFrame]:
+def _beside_chance(tables: Tables, model: str, effects: pd.Series) -> Iterator[pd.DataFrame]:
     """Units of the tasks that were learnt, and apart from them those of tasks at chance."""
-    for variant in ("", "tasks at chance, the negative control"):
-        of = {t: x for t, x in effects.items() if ((model, t) in tables.at_chance) == bool(variant)}
-        if of:
-            names = {"model": model, "variant": variant, "main": not variant}
-            yield units(names, pd.concat(of))
+    learnt = tables.learnt(model, effects)
+    yield units({"model": model, "main": True}, learnt)
+    control = {"model": model, "variant": "tasks at chance, the negative control"}
+    yield units(control, effects.drop(learnt.index))
 
 
 @claim("B3", "BERT keeps linguistic knowledge deeper than RoBERTa and XLNet", "paper B, abstract",
@@ -186,20 +171,17 @@ def bert_deepest(tables: Tables) -> Iterator[pd.DataFrame]:
     architecture their mean."""
     shares: dict[str, list[pd.Series]] = {}
     for (model, architecture), _ in tables.probing.groupby(["model", "architecture"]):
-        of = {
-            task: deeper_half(after) / deeper_half(before)
-            for task, (before, after) in before_after(tables.probing, "accuracy", model).items()
-            if (model, task) not in tables.at_chance
-        }
-        if of:
-            shares.setdefault(architecture, []).append(pd.concat(of))
+        before, after = before_after(tables.probing, "accuracy", model)
+        kept = tables.learnt(model, deeper_half(after) / deeper_half(before))
+        if len(kept):
+            shares.setdefault(architecture, []).append(kept)
     if {"bert", "roberta", "xlnet"} <= set(shares):
         mean = {
             name: pd.concat(found, axis=1).mean(axis=1, skipna=False)
             for name, found in shares.items()
         }
         effect = mean["bert"] - (mean["roberta"] + mean["xlnet"]) / 2
-        yield units({"model": "all", "variant": "", "main": True}, effect)
+        yield units({"model": "all", "main": True}, effect)
 
 
 @claim("H", "Healing restores the task more than what the corrupted layers knew about words",
@@ -251,24 +233,19 @@ def remaining_gap(tables: Tables) -> Iterator[pd.DataFrame]:
        stages=PROBED, direction="same", margin=KNOWLEDGE_MARGIN, demonstrates=False)  # fmt: skip
 def forgotten(tables: Tables) -> Iterator[pd.DataFrame]:
     """Accuracy before minus after, mean over the layers."""
-    for model in tables.models:
-        pairs = before_after(tables.probing, "accuracy", model)
-        drops = {t: (b - a).mean(axis=1, skipna=False) for t, (b, a) in pairs.items()}
-        yield from _beside_chance(tables, model, drops)
+    for model in tables.probing["model"].unique():
+        before, after = before_after(tables.probing, "accuracy", model)
+        yield from _beside_chance(tables, model, (before - after).mean(axis=1, skipna=False))
 
 
 def _recipes(first: str, second: str, tables: Tables) -> Iterator[pd.DataFrame]:
     both = harm.beside_recipe(tables.cells, second)
     both = both[both["recipe"] == first]
-    both["variant"] = [
-        ", ".join(
-            filter(None, [harm.harm_name(row["harm"]), row["place"],
-                          row["start"].replace("pre-trained", ""), row["budget"]])
-        )
-        for _, row in both.iterrows()
-    ]  # fmt: skip
+    start = both["start"].replace("pre-trained", "")
+    words = zip(both["harm"].map(harm.harm_name), both["place"], start, both["budget"], strict=True)
+    both["variant"] = [", ".join(filter(None, told)) for told in words]
     for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names | {"main": False}, apart(part, "other"))
+        yield contrast(names, part, other="other")
 
 
 # Score by the first recipe - score by the second, of the same corrupted model and budget.
@@ -305,7 +282,7 @@ def critical_layers(tables: Tables) -> Iterator[pd.DataFrame]:
                 for seed, own in wide.iterrows():
                     effects[task, seed] = own.median() - own[wide.drop(seed).mean().idxmin()]
         if effects:
-            yield units(names | {"variant": "", "main": False}, pd.Series(effects))
+            yield units(names, pd.Series(effects))
 
 
 @claim("T1", "Layers with high probing accuracy are not the ones that the task needs",
@@ -331,7 +308,7 @@ def probing_does_not_predict(tables: Tables) -> Iterator[pd.DataFrame]:
                 accuracy = curves.loc[seed, at].to_numpy()
                 effects[place["task"], seed] = -stats.spearmanr(accuracy, rows["loss"]).statistic
         if effects:
-            yield units(names | {"variant": "", "main": False}, pd.Series(effects), part)
+            yield units(names, pd.Series(effects), part)
 
 
 @claim("T2", "A pre-trained layer is worth more the fewer the labelled examples",
@@ -343,12 +320,10 @@ def fewer_examples(tables: Tables) -> Iterator[pd.DataFrame]:
     cells = cells[(cells["state"] == "healed") & (cells["recipe"] == "full")]
     cells = cells[(cells["part"] == "all") & cells["side"].isin(["bottom", "top"])]
     for names, part in groups(cells, ["model", "side"]):
-        sizes = part["train_size"].unique().astype(float)
-        if len(sizes) > 2:
-            centred = np.log10(part["train_size"].astype(float)) - np.log10(sizes).mean()
-            slope = centred / ((np.log10(sizes) - np.log10(sizes).mean()) ** 2).sum()
-            where = {"variant": f"{names['side']} layer", "main": False}
-            yield contrast(names | where, apart(part, "intact", slope))
+        if part["train_size"].nunique() > 2:
+            slope = _slope(np.log10(part["train_size"].astype(float)))
+            told = {"model": names["model"], "variant": f"{names['side']} layer"}
+            yield contrast(told, part, slope, "intact")
 
 
 @claim("Z1", "Redrawing the top layers with the model's own initialiser does not hurt",
@@ -361,9 +336,9 @@ def fresh_top(tables: Tables) -> Iterator[pd.DataFrame]:
     for names, part in groups(top, ["model"]):
         few = part[part["train_size"] == part["train_size"].min()]
         few = few[few["level"] == few["level"].min()]
-        size, place = few["train_size"].iloc[0], harm.place_name(few.iloc[0])
-        words = {"variant": f"{place}, {size:,.0f} examples", "main": False}
-        yield contrast(names | words, apart(few, "intact"))
+        size, place = few[["train_size", "place"]].iloc[0]
+        told = names | {"variant": f"{place}, {size:,.0f} examples"}
+        yield contrast(told, few, other="intact")
 
 
 def _kinds(kind: str, control: str, tables: Tables) -> Iterator[pd.DataFrame]:
@@ -371,10 +346,10 @@ def _kinds(kind: str, control: str, tables: Tables) -> Iterator[pd.DataFrame]:
     same = ["model", "task", "seed", "part", "side", "level", "layers", "strength"]
     both = _pairs(broken[broken["kind"] == control], broken[broken["kind"] == kind], same)
     harms = both["harm"].str.replace(control, kind).map(harm.harm_name)
-    names = zip(both["part"], harms, map(harm.place_name, both.iloc), strict=True)
-    both["variant"] = [", ".join(words).removeprefix("all, ") for words in names]
+    words = both["part"] + ", " + harms + ", " + both["place"]
+    both["variant"] = words.str.removeprefix("all, ")
     for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names | {"main": False}, apart(part, "other"))
+        yield contrast(names, part, other="other")
 
 
 # broken by the control - broken by the kind, of the same strength, at the same place.
@@ -405,8 +380,7 @@ def top_taken_out(tables: Tables) -> Iterator[pd.DataFrame]:
     top = harm.by_side(_deleted(tables))
     top = top[top["side"] == "top"]
     for names, part in groups(top[top["level"] == top["level"].min()], ["model"]):
-        words = {"variant": harm.place_name(part.iloc[0]), "main": False}
-        yield contrast(names | words, apart(part, "intact"))
+        yield contrast(names | {"variant": part["place"].iloc[0]}, part, other="intact")
 
 
 @claim("L1", "Taking out a middle layer without training costs least, the first or last most",
@@ -419,6 +393,4 @@ def middle_costs_least(tables: Tables) -> Iterator[pd.DataFrame]:
         depth, at = part["n_layers"].iloc[0], part["layers"].map(lambda layers: layers[0])
         if at.nunique() == depth > 2:
             ends = at.isin([0, depth - 1])
-            weight = ends.map({True: -0.5, False: 1 / (depth - 2)})
-            words = {"variant": "", "main": False}
-            yield contrast(names | words, part.assign(weight=weight))
+            yield contrast(names, part, ends.map({True: -0.5, False: 1 / (depth - 2)}))

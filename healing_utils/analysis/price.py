@@ -12,7 +12,7 @@ import pandas as pd
 
 from healing_utils.analysis.claims import MARGIN
 from healing_utils.analysis.effects import Interval, bounds, groups, t_interval
-from healing_utils.analysis.harm import harm_name, once, place_name, spell_harms
+from healing_utils.analysis.harm import harm_name, once, place, spell_harms
 
 SETTING = ["model", "task", "state", "side", "level", "layers", "harm", "part", "start", "recipe"]
 SHARES = (0.9, 0.95, 0.99)  # of the intact score, whose price is asked
@@ -139,17 +139,16 @@ def setting_name(row: pd.Series) -> str:
     """A setting in words: ``healed: bottom 1/2, noise 1, by transplant``."""
     if row["state"] != "healed":
         return str(row["state"])
-    part = row["part"].replace("_", " ")
-    words = [part if row["side"] == "none" else place_name(row), harm_name(row["harm"])]
-    if part != "all" and row["side"] != "none":
-        words.append(part)
-    if row["start"] != "pre-trained":
-        words.append(row["start"])
+    part, nowhere = harm_name(row["part"]), row["side"] == "none"  # as embeddings are
+    recipe = "" if row["recipe"] == "full" else "by " + harm_name(row["recipe"])
     if row["recipe"] == "corrupted_only" and len(row["layers"]) == 1:
-        words.append("its neighbours frozen")
-    elif row["recipe"] != "full":
-        words.append("by " + row["recipe"].replace("_", " "))
-    return "healed: " + ", ".join(words)
+        recipe = "its neighbours frozen"
+    words = [
+        part if nowhere else place(row["side"], row["level"], row["layers"]),
+        harm_name(row["harm"]), "" if nowhere or part == "all" else part,
+        row["start"].replace("pre-trained", ""), recipe,
+    ]  # fmt: skip
+    return "healed: " + ", ".join(filter(None, words))
 
 
 def censored(cells: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:

@@ -40,8 +40,8 @@ def cells(*rows, seeds=SEEDS) -> pd.DataFrame:
     return harm.beside_intact(pd.DataFrame(out))
 
 
-MADE = ["harm", "intact", "score_intact", "key_intact", "usual", "budget", "variant", "loss",
-        "retained"]  # fmt: skip
+MADE = ["harm", "place", "intact", "score_intact", "key_intact", "usual", "budget", "variant",
+        "loss", "retained"]  # fmt: skip
 
 
 def again(*tables: pd.DataFrame) -> pd.DataFrame:

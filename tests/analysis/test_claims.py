@@ -11,7 +11,7 @@ from planted import INTACT, Planted, cells
 from scipy import stats
 
 from healing_utils.analysis import claims as builder
-from healing_utils.analysis.claims import Claim, apart, contrast, decide, in_words, units
+from healing_utils.analysis.claims import Claim, contrast, decide, in_words, units
 from healing_utils.base.errors import HealingError
 from healing_utils.report.figures import claims_figure
 
@@ -142,7 +142,7 @@ def test_the_error_of_the_test_items_is_paired():
          "weight": 1.0 if key[0] == "a" else -1.0} for key, x in right.items()
     )  # fmt: skip
     names = {"model": "m", "variant": "", "main": False}
-    entry = Claim("T", "", "", "", lambda tables: iter([contrast(names, rows)]))
+    entry = Claim("T", "", "", "", lambda tables: iter([contrast(names, rows, rows["weight"])]))
     found = decide(Planted(scored=cells(INTACT), right=right), {"T": entry})[0].iloc[0]
     items = np.mean([right[f"a{i}"] * 1.0 - right[f"b{i}"] for i in range(6)], axis=0)
     assert (found.effect, found.test_error) == pytest.approx((items.mean(), stats.sem(items)))
@@ -161,7 +161,7 @@ def test_a_researcher_adds_a_claim_in_one_place(monkeypatch):
         top = tables.cells[tables.cells["side"] == "top"]
         for model, part in top.groupby("model"):
             names = {"model": model, "variant": "", "main": False}
-            yield contrast(names, apart(part, "intact"))
+            yield contrast(names, part, other="intact")
 
     table = cells(INTACT, {"side": "top", "layers": (3, 4, 5), "score": 0.895})
     found = decide(Planted(scored=table), builder.entries("N"))[0]

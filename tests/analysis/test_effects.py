@@ -71,11 +71,10 @@ def test_the_smallest_p_and_too_many_units():
 def test_claims_are_tested_against_the_margin(direction, holds, fails, open_):
     spread = np.array([-2e-3, -1e-3, -5e-4, 5e-4, 1e-3, 2e-3])
     for mean, sure, opposite in ((holds, True, False), (fails, False, True), (open_, False, False)):
-        p = effects.p_value(mean + spread, direction, 0.01)
-        against = effects.p_opposite(mean + spread, direction, 0.01)
+        p, against = effects.p_values(mean + spread, direction, 0.01)
         assert (p < 0.05, against < 0.05) == (sure, opposite)
     if direction == "same":  # on both sides
-        assert effects.p_opposite(spread - 0.02, direction, 0.01) < 0.05
+        assert effects.p_values(spread - 0.02, direction, 0.01)[1] < 0.05
 
 
 # --- corrections and sizes ---
