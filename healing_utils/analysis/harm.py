@@ -29,6 +29,7 @@ BUDGET = ["train_size", "epochs", "learning_rate", "head"]
 _UNIT = ["model", "task", "seed"]
 # What makes a cell another one.
 CELL = [*_UNIT, *BUDGET, "state", "start", "harm", "part", "recipe", "side", "level", "layers"]
+SAME_DAMAGE = [name for name in CELL if name not in ("state", "part", "recipe")]
 
 
 def gather(
@@ -71,7 +72,8 @@ def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
     cells["variant"] = [_variant(row) for row in cells.itertuples()]
     cells["loss"], cells["score_intact"] = cells["intact"] - cells["score"], cells["intact"]
     cells["retained"] = (cells["score"] / cells["intact"]).where(cells["intact"] > 0)
-    return cells.drop(columns=[name for name in cells if name.endswith("_main")])
+    words = dict.fromkeys(["harm", "place", "budget", "variant"], str)  # of no cells too
+    return cells.drop(columns=[name for name in cells if name.endswith("_main")]).astype(words)
 
 
 def _variant(row) -> str:
@@ -129,10 +131,10 @@ def by_side(cells: pd.DataFrame) -> pd.DataFrame:
     return once(cells[(cells["part"] == "all") & cells["side"].isin(sides)], CELL)
 
 
-def vulnerability(cells: pd.DataFrame, harm: str = "reinit") -> pd.DataFrame:
-    """Retained score when one layer, or one part of one layer, is corrupted: a row a model, task,
-    state (broken, healed), part and layer, with mean, 95 % t-interval and n seeds."""
-    chosen = single_layers(cells[cells["state"].isin(["broken", "healed"])], harm)
+def vulnerability(cells: pd.DataFrame) -> pd.DataFrame:
+    """Retained score when one layer, or one part of it, is redrawn: a row a model, task, state
+    (broken, healed), part and layer, with mean, 95 % t-interval and n seeds."""
+    chosen = single_layers(cells[cells["state"].isin(["broken", "healed"])])
     chosen = once(plain(chosen, ["part", "layers"]))
     chosen = chosen.assign(layer=[layers[0] for layers in chosen["layers"]])
     by = ["model", "task", "state", "part", "layer"]
@@ -168,39 +170,35 @@ def place(side: str, level: float, layers: Sequence[int] = ()) -> str:
     return "all layers" if side == "all" else f"{side} {as_fraction(level)}"
 
 
-def single_layers(cells: pd.DataFrame, harm: str = "reinit") -> pd.DataFrame:
-    """Cells of which one layer was hit, whole or in part, not values scattered over all layers."""
+def single_layers(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells of which one layer was redrawn (reinit), whole or in part."""
     one = (cells["layers"].map(len) == 1) & (cells["side"] != "scattered")
-    return cells[one & (cells["harm"] == harm)]
+    return cells[one & (cells["harm"] == "reinit")]
 
 
-def beside_recipe(cells: pd.DataFrame, other: str = "full") -> pd.DataFrame:
-    """Healed cells of whole layers by every other recipe beside the recipe `other` of the same
-    corrupted model and budget: columns `place`, in words, and `gain` = score - its score."""
-    chosen = once(cells[(cells["state"] == "healed") & (cells["part"] == "all")], CELL)
-    same = [name for name in CELL if name not in ("state", "part", "recipe")]
-    theirs = chosen["recipe"] == other
-    beside = chosen[theirs][[*same, "score", "key"]]
-    both = chosen[~theirs].merge(beside, on=same, suffixes=("", "_other"))
-    return both.assign(gain=both["score"] - both["score_other"])
+def healed_layers(cells: pd.DataFrame) -> pd.DataFrame:
+    """Healed cells of whole layers, each once."""
+    return once(cells[(cells["state"] == "healed") & (cells["part"] == "all")], CELL)
 
 
 def league(cells: pd.DataFrame) -> pd.DataFrame:
     """Recipes against full fine-tuning of the same corrupted model at the same budget: a row a
     model, start, budget, harm, place and recipe with `gain` and `retained`, sorted by gain; means
     and t-intervals over the `n` seeds, each the mean over its tasks."""
-    chosen = beside_recipe(cells)
+    cells = healed_layers(cells)
+    full = cells["recipe"] == "full"
+    beside = cells[full][[*SAME_DAMAGE, "score"]]
+    chosen = cells[~full].merge(beside, on=SAME_DAMAGE, suffixes=("", "_full"))
+    chosen["gain"] = chosen["score"] - chosen["score_full"]
     by = ["model", "start", "budget", "harm", "side", "level", "place", "recipe"]
     rows = []
     for names, part in groups(chosen, by):
         seeds = part.groupby("seed")[["gain", "retained"]].mean()
         found = bounds("gain", seeds["gain"]) | bounds("retained", seeds["retained"].dropna())
         rows.append({**names, **found, "n": len(seeds), "tasks": ", ".join(sorted(set(part.task)))})
-    if not rows:
-        return pd.DataFrame()
-    order = [*by[:-1], "gain"]
+    table, order = pd.DataFrame(rows), [*by[:-1], "gain"]
     ascending = [name != "gain" for name in order]
-    return pd.DataFrame(rows).sort_values(order, ascending=ascending, ignore_index=True)
+    return table.sort_values(order, ascending=ascending, ignore_index=True) if rows else table
 
 
 def deployed(cells: pd.DataFrame) -> pd.DataFrame:

@@ -91,18 +91,19 @@ def side_difference(tables: Tables) -> Iterator[pd.DataFrame]:
             yield contrast(names, own, own["side"].map({"top": 2.0, "bottom": -2.0}) * _share(own))
 
 
-def _pairs(first: pd.DataFrame, second: pd.DataFrame, same: list[str]) -> pd.DataFrame:
-    """Cells beside those of `second`, the ``other``, that are alike in `same`."""
+def _against(first: pd.DataFrame, second: pd.DataFrame, same: list[str]) -> Iterator[pd.DataFrame]:
+    """Score of cells - score of those of `second` that are alike in `same`, by variant; the mean
+    over places where a variant has several."""
     theirs = harm.once(second, same)[[*same, "key", "score"]]
-    return first.merge(theirs, on=same, suffixes=("", "_other"))
+    both = first.merge(theirs, on=same, suffixes=("", "_other"))
+    for names, part in groups(both, ["model", "variant"]):
+        yield contrast(names, part, _share(part), "other")
 
 
 def _controls(side: str, tables: Tables) -> Iterator[pd.DataFrame]:
     healed = tables.cells[(tables.cells["state"] == "healed") & (tables.cells["part"] == "all")]
     control, bottom = (healed[healed["side"] == name] for name in (side, "bottom"))
-    both = _pairs(harm.once(control), bottom, ["model", "variant", "level", "task", "seed"])
-    for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names, part, _share(part), "other")
+    return _against(harm.once(control), bottom, ["model", "variant", "level", "task", "seed"])
 
 
 for _side, _drawn in (("random", "layers drawn at random"),
@@ -115,15 +116,13 @@ for _side, _drawn in (("random", "layers drawn at random"),
        "this study", "healed and scratch cells", stages=TRAINED)  # fmt: skip
 def worth(tables: Tables) -> Iterator[pd.DataFrame]:
     """healed - scratch at the same budget, by side and level."""
-    cells = tables.cells[(tables.cells["start"] == "pre-trained")]
+    cells = tables.cells[tables.cells["start"] == "pre-trained"]
     cells = cells[cells["recipe"] == "full"]
     healed = harm.by_side(cells[cells["state"] == "healed"])
+    healed["variant"] += ", " + healed["place"]
+    healed = healed.sort_values("harm", key=lambda harm: harm != "reinit", kind="stable")
     scratch = cells[cells["state"] == "scratch"]
-    both = _pairs(healed, scratch, ["model", "task", "seed", *harm.BUDGET])
-    both["variant"] += ", " + both["place"]
-    both = both.sort_values("harm", key=lambda harm: harm != "reinit", kind="stable")
-    for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names, part, other="other")
+    return _against(healed, scratch, ["model", "task", "seed", *harm.BUDGET])
 
 
 @claim("B1", "RTE, MRPC and STS-B preserve linguistic knowledge in the higher layers, SST-2, QNLI "
@@ -239,13 +238,14 @@ def forgotten(tables: Tables) -> Iterator[pd.DataFrame]:
 
 
 def _recipes(first: str, second: str, tables: Tables) -> Iterator[pd.DataFrame]:
-    both = harm.beside_recipe(tables.cells, second)
-    both = both[both["recipe"] == first]
-    start = both["start"].replace("pre-trained", "")
-    words = zip(both["harm"].map(harm.harm_name), both["place"], start, both["budget"], strict=True)
-    both["variant"] = [", ".join(filter(None, told)) for told in words]
-    for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names, part, other="other")
+    cells = harm.healed_layers(tables.cells)
+    start = cells["start"].replace("pre-trained", "")
+    words = zip(
+        cells["harm"].map(harm.harm_name), cells["place"], start, cells["budget"], strict=True
+    )
+    cells["variant"] = [", ".join(filter(None, told)) for told in words]
+    own, theirs = (cells[cells["recipe"] == recipe] for recipe in (first, second))
+    return _against(own, theirs, harm.SAME_DAMAGE)
 
 
 # Score by the first recipe - score by the second, of the same corrupted model and budget.
@@ -344,12 +344,11 @@ def fresh_top(tables: Tables) -> Iterator[pd.DataFrame]:
 def _kinds(kind: str, control: str, tables: Tables) -> Iterator[pd.DataFrame]:
     broken = harm.once(tables.cells[tables.cells["state"] == "broken"])
     same = ["model", "task", "seed", "part", "side", "level", "layers", "strength"]
-    both = _pairs(broken[broken["kind"] == control], broken[broken["kind"] == kind], same)
-    harms = both["harm"].str.replace(control, kind).map(harm.harm_name)
-    words = both["part"] + ", " + harms + ", " + both["place"]
-    both["variant"] = words.str.removeprefix("all, ")
-    for names, part in groups(both, ["model", "variant"]):
-        yield contrast(names, part, other="other")
+    controls = broken[broken["kind"] == control]
+    harms = controls["harm"].str.replace(control, kind).map(harm.harm_name)
+    words = controls["part"] + ", " + harms + ", " + controls["place"]
+    controls = controls.assign(variant=words.str.removeprefix("all, "))
+    return _against(controls, broken[broken["kind"] == kind], same)
 
 
 # broken by the control - broken by the kind, of the same strength, at the same place.

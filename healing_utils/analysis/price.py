@@ -16,6 +16,7 @@ from healing_utils.analysis.harm import harm_name, once, place, spell_harms
 
 SETTING = ["model", "task", "state", "side", "level", "layers", "harm", "part", "start", "recipe"]
 SHARES = (0.9, 0.95, 0.99)  # of the intact score, whose price is asked
+FOUND = ["needed", "reached", "from", "to", "largest", "n"]
 _UNIT = ["model", "task", "seed"]
 _ALIKE = ["learning_rate", "head"]
 
@@ -54,16 +55,22 @@ def time_to_heal(curves: pd.DataFrame) -> pd.DataFrame:
     `train_size`) and share; see `_needed`. Recipes that warm up are left out, since their curves
     begin after it, and so are random layers, which differ from seed to seed."""
     warm = curves["recipe"].isin(["mlm_warm_up", "distillation"])
-    curves = curves[curves["score"].notna() & ~warm & (curves["side"] != "random")].copy()
-    curves["harm"] = spell_harms(curves)
+    curves = beside_end(curves[~warm & (curves["side"] != "random")])
+    by = [*SETTING, "train_size", "epochs", *_ALIKE]
+    return _prices(once(curves, ["key", "step"]).rename(columns={"step": "budget"}), by, 3)
+
+
+def beside_end(curves: pd.DataFrame) -> pd.DataFrame:
+    """Curves, each setting's where it was looked at most often, with columns `harm` and `intact`,
+    the score that the intact model has at the end of the same training."""
+    curves = curves[curves["score"].notna()]
+    curves = curves.assign(harm=spell_harms(curves))
     same = [*_UNIT, *_ALIKE, "train_size", "epochs"]
     ends = curves[curves["state"] == "intact"].sort_values(["evaluations", "step"])
     ends = ends.drop_duplicates(same, keep="last")[[*same, "score"]]
     curves = curves.merge(ends.rename(columns={"score": "intact"}), on=same)
-    by = [*SETTING, "train_size", "epochs", *_ALIKE]
-    finest = curves.groupby([*by, "seed"], dropna=False)["evaluations"].transform("max")
-    curves = once(curves[curves["evaluations"] == finest], ["key", "step"])
-    return _prices(curves.rename(columns={"step": "budget"}), by, 3)
+    each = curves.groupby([*SETTING, "train_size", "epochs", *_ALIKE, "seed"], dropna=False)
+    return curves[curves["evaluations"] == each["evaluations"].transform("max")]
 
 
 def _prices(table: pd.DataFrame, by: list[str], least: int) -> pd.DataFrame:
@@ -73,8 +80,7 @@ def _prices(table: pd.DataFrame, by: list[str], least: int) -> pd.DataFrame:
         if part["budget"].nunique() >= least
         for share in SHARES
     ]
-    found = ["needed", "reached", "from", "to", "largest", "n"]
-    return pd.DataFrame(rows, columns=[*by, "share", *found])
+    return pd.DataFrame(rows, columns=[*by, "share", *FOUND])
 
 
 def _needed(part: pd.DataFrame, share: float) -> dict[str, object]:
@@ -87,18 +93,9 @@ def _needed(part: pd.DataFrame, share: float) -> dict[str, object]:
         found[int(budget)] = t_interval(rows["score"] - share * rows["intact"])
         if rows["seed"].nunique() < part["seed"].nunique():  # a training broke off before
             found[int(budget)] = Interval(*[-math.inf] * 3, len(rows))
-
-    def stays(end: str) -> int | None:
-        """The first budget from which on this end of the interval is at or above zero."""
-        first = None
-        for budget, interval in reversed(found.items()):
-            if not getattr(interval, end) >= 0:
-                break
-            first = budget
-        return first
-
+    stays = pd.DataFrame(found, index=Interval._fields).T.iloc[::-1].ge(0).cummin()
+    low, mean, high = (min(stays.index[stays[x]], default=None) for x in ("high", "mean", "low"))
     (smallest, *_, largest), last = found, list(found.values())[-1]
-    low, mean, high = stays("high"), stays("mean"), stays("low")
     if last.n < 2:
         needed = "not resolvable: one seed"
     elif last.high < 0:
@@ -110,18 +107,15 @@ def _needed(part: pd.DataFrame, share: float) -> dict[str, object]:
     else:
         needed = f"{mean:,}" if low == high else f"{mean:,} ({low:,} to {high:,})"
     reached = mean if high is not None else None
-    return {"needed": needed, "reached": reached, "from": low, "to": high, "largest": largest,
-            "n": last.n}  # fmt: skip
+    return dict(zip(FOUND, (needed, reached, low, high, largest, last.n), strict=True))
 
 
 def ordered(priced: pd.DataFrame) -> pd.DataFrame:
     """`price` or `time_to_heal` in the order for people, each setting in words as `what`."""
     order = {"intact": 0, "healed": 1, "scratch": 2}
-    table = priced.sort_values(
-        ["model", "task", "state", "harm", "level", "side", "layers", "recipe", "share"],
-        key=lambda column: column.map(order) if column.name == "state" else column,
-        ignore_index=True,
-    )
+    by = ["model", "task", "state", "harm", "level", "side", "layers", "recipe", "share"]
+    state_first = {"key": lambda x: x.map(order) if x.name == "state" else x}
+    table = priced.sort_values(by, ignore_index=True, **state_first)
     return table.assign(what=[setting_name(row) for _, row in table.iterrows()])
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.paths import run_folder
 from healing_utils.base.records import Store, read_json, write_atomically
-
-if TYPE_CHECKING:  # imported where tables are made: a study that only plans does not wait for it
-    import numpy as np
-    import pandas as pd
 
 Record = dict[str, Any]
 
@@ -59,8 +59,7 @@ def _flat(record: Record) -> Record:
 def _scored(record: Record) -> list[Record]:
     """The one row of a record of a task stage, NaN where a metric does not apply."""
     row, result, training = _flat(record), record["result"], record["determinants"]
-    for name in ("score", "chance"):
-        found = result[f"{name}s" if name == "score" else name]
+    for name, found in (("score", result["scores"]), ("chance", result["chance"])):
         row[name] = found[row["metric"]]
         row |= {f"{name}_{metric}": value for metric, value in found.items()}
     row |= {name: training["recipe"][name] for name in ("epochs", "learning_rate", "evaluations")}
@@ -72,7 +71,7 @@ def _scored(record: Record) -> list[Record]:
 def _layers(record: Record) -> list[Record]:
     cka = record["result"].get("cka")
     return [
-        {**_flat(record), **layer, "cka": cka[layer["layer"]] if cka else float("nan")}
+        {**_flat(record), **layer, "cka": cka[layer["layer"]] if cka else math.nan}
         for layer in record["result"]["layers"]
     ]
 
@@ -88,8 +87,6 @@ _ROWS = {"probing": _layers, "neurons": _minimal}  # else `_scored`
 def table(records: Iterable[Record], stage: str = "baseline") -> pd.DataFrame:
     """One row a record (of `probing` one a record and layer), ordered by what the rows say and not
     by when they were made."""
-    import pandas as pd
-
     rows = [row for record in records for row in _ROWS.get(stage, _scored)(record)]
     frame = pd.DataFrame(rows, columns=COLUMNS[stage])
     order = ["model", "task", "state", "kind", "level", "side", "layers", "seed"]
@@ -163,8 +160,6 @@ def _load(
     order: Sequence[str] = ("model", "task", "kind", "level", "side", "seed"),
 ) -> pd.DataFrame:  # fmt: skip
     """A row for each of a record's `parts`, beside columns `names` of the record's own row."""
-    import pandas as pd
-
     folder = run_folder(run)
     rows = [
         {name: row[name] for name in names} | part
@@ -201,8 +196,6 @@ def load_curves(run: str | Path, scans: bool = False) -> pd.DataFrame:
 def load_answers(run: str | Path) -> dict[str, np.ndarray]:
     """Which test items each scored cell answers right, by its key: (items,) of 0 and 1; of those
     whose record has it."""
-    import numpy as np
-
     stages = [*TASK_STAGES, *SCAN_STAGES]
     records = [r for stage in stages for r in planned_records(run_folder(run), stage)]
     right = {r["key"]: r["result"]["right"] for r in records if "right" in r["result"]}
@@ -246,27 +239,20 @@ def load_neurons(run: str | Path, what: str) -> pd.DataFrame:
     ``ablation`` (``k share which score metric``) or ``agreement`` (``first second spearman
     overlap``)."""
 
-    def by_share(r: Record) -> list[Record]:
-        return [row | {"share": row["k"] / r["neurons"]} for row in r[what]]
+    def found(record: Record) -> list[Record]:
+        result = record["result"]
+        if what == "by_layer":
+            k = result["k"] or math.nan
+            return [
+                {"layer": i, "count": n, "share": n / k} for i, n in enumerate(result["by_layer"])
+            ]
+        if what == "agreement":  # of so many of the strongest: overlap_50
+            return [{name.split("_")[0]: x for name, x in row.items()} for row in result[what]]
+        return [row | {"share": row["k"] / result["neurons"]} for row in result[what]]
 
-    read = {
-        "by_layer": lambda r: [
-            {"layer": i, "count": n, "share": n / r["k"] if r["k"] else float("nan")}
-            for i, n in enumerate(r["by_layer"])
-        ],
-        "curve": by_share,
-        "ablation": by_share,
-        "agreement": lambda r: [
-            {("overlap" if n.startswith("overlap") else n): v for n, v in row.items()}
-            for row in r["agreement"]
-        ],
-    }
-    choose(what, read, "table of the neurons")
-    return _load(
-        run, ["neurons"], [*_PROBED, "key"], f"{what} of neurons: run 04",
-        lambda record: read[what](record["result"]),
-        order=["model", "task", "state", "seed", "corpus", "column"],
-    )  # fmt: skip
+    choose(what, ["by_layer", "curve", "ablation", "agreement"], "table of the neurons")
+    order = ["model", "task", "state", "seed", "corpus", "column"]
+    return _load(run, ["neurons"], [*_PROBED, "key"], f"{what} of neurons: run 04", found, order)
 
 
 def _networks(run: str | Path) -> Iterator[tuple[Record, Record]]:

@@ -1,9 +1,8 @@
 """The study's figures, from the tables of tasks: what healing brings back, and how surely.
 
 Each takes a table and returns a Figure with `caption` and `alt` (what one would see, with the main
-numbers), which `save` writes beside the image and `show` puts into a notebook. A new figure is one
-function, here or in `probe_figures` or `harm_figures`: the names of its axes, its caption as the
-docstring, a table, and how its lines look.
+numbers). A new one is one function, here or in `probe_figures` or `harm_figures`: the names of its
+axes, its caption as the docstring, a table, and how its lines look.
 """
 
 from __future__ import annotations
@@ -49,12 +48,13 @@ def recovery_curves(results: pd.DataFrame):
     frame["line"] = frame.side + " layers" + frame.kind.map(after)
     start = frame.drop_duplicates(["panel", "line", "seed"])
     frame = pd.concat([start.assign(level=0.0, retained=1.0, layers=""), frame])
-    looks = {}
-    for side in SIDES:
-        look = {"color": COLORS[side]}
-        looks[f"{side} layers"] = {**look, "marker": "o"}
-        looks[f"{side} layers, init"] = {**look, "marker": "D", "ls": DASH}
-        looks[f"{side} layers, broken"] = {**look, "ls": DOTS, "alpha": 0.5}
+    kinds = {"": {"marker": "o"}, ", init": {"marker": "D", "ls": DASH},
+             ", broken": {"ls": DOTS, "alpha": 0.5}}  # fmt: skip
+    looks = {
+        f"{side} layers{kind}": {"color": COLORS[side], **look}
+        for side in SIDES
+        for kind, look in kinds.items()
+    }
     figure, drawn = plots.curves(frame, "level", "retained", looks, height=1.9)
     for axis, rows in drawn:
         for name, dash in (("intact", "-"), ("scratch", DASH_DOT), ("chance", ":")):
@@ -121,17 +121,15 @@ def claims_figure(claims: pd.DataFrame):
     each = 0.23 + 0.13 * lines.max()
     figure, [(axis, rows)] = plots.intervals(shown, "effect", [-2 * margin, 4 * margin], each)
     figure.set_figwidth(plots.PAGE)
-    axis.axvspan(
-        -margin, margin, color=plots.PALE, lw=0, zorder=0, label=f"within the margin, {margin:g}"
-    )
+    within = f"within the margin, {margin:g}"
+    axis.axvspan(-margin, margin, color=plots.PALE, lw=0, zorder=0, label=within)
     axis.axvline(0, color=GREY, lw=0.8, zorder=1)
     for row in rows.itertuples():
         p = "" if math.isnan(row.p) else f", p = {row.p:.2g}"
         items = f", items ± {100 * row.test_error:.1f}" if row.test_error > 0 else ""
         note = [f"{row.verdict}{p}", f"n = {row.n}{items}", censoring(row), row.note]
-        note = "\n".join(filter(None, note))
         beside = {"transform": axis.get_yaxis_transform(), "va": "center", "color": row.color}
-        axis.text(1.01, row.at, note, **beside)
+        axis.text(1.01, row.at, "\n".join(filter(None, note)), **beside)
     effects = claims.effect.map("{:.1f} points".format).replace("nan points", "no estimate")
     figure.said = "; ".join(claims.claim + " (" + who + ") " + claims.verdict + ", " + effects)
     return figure, claims
@@ -144,14 +142,14 @@ def weight_change(report: pd.DataFrame, model: str = ""):
     report = plots.usable(report, "std_after")
     ends = np.where(report.name.str.endswith("bias"), " bias", " weight")
     report = report.assign(role=report.role.str.replace("_", " ") + ends, layer=report.layer + 1)
-    grids = []
-    for when in ("before", "after"):
-        sums = report.assign(squares=report.elements * report[f"std_{when}"] ** 2)
-        sums = sums.groupby(["role", "layer"], sort=False)[["squares", "elements"]].sum()
-        pooled = np.sqrt(sums.squares / sums.elements).rename("std").reset_index()
-        grids.append(pooled.assign(panel=f"{when} corruption", model=model))
-    frame, look = plots.shortened(pd.concat(grids)), {"columns": 2, "fmt": ".2g"}
-    figure, _ = plots.heat_maps(frame, "role", "layer", "std", "standard deviation", **look)
+    squares = {when: report.elements * report[f"std_{when}"] ** 2 for when in ("before", "after")}
+    sums = report.assign(**squares).groupby(["role", "layer"], sort=False)
+    sums = sums[["elements", *squares]].sum()
+    pooled = np.sqrt(sums[[*squares]].div(sums.elements, axis=0)).reset_index()
+    frame = pooled.melt(["role", "layer"], var_name="panel", value_name="std")
+    frame = plots.shortened(frame.assign(panel=frame.panel + " corruption", model=model))
+    label = "standard deviation"
+    figure, _ = plots.heat_maps(frame, "role", "layer", "std", label, columns=2, fmt=".2g")
     return figure, frame
 
 
@@ -187,12 +185,10 @@ def learning_curves(frame: pd.DataFrame):
 
 
 def save(figure: Figure, folder: str | Path, name: str) -> Path:
-    """Write ``NAME.png`` (200 dpi) and ``NAME.svg``, and note caption and alternative text.
-
-    The texts go into both files' metadata and into ``captions.json`` of the folder, which the page
-    of a run reads; an index that cannot be read is begun anew. Files are written whole or not at
-    all, and hold no date: the same figure gives the same bytes. Returns the PNG's path.
-    """
+    """Write ``NAME.png`` (200 dpi) and ``NAME.svg``; return the PNG's path. Caption and alternative
+    text go into both files and into ``captions.json`` of the folder, which the page of a run reads;
+    an index that cannot be read is begun anew. Files hold no date: the same figure gives the same
+    bytes."""
     folder = Path(folder)
     name = file_name(name)  # a task's may be in it, which may be a path
     texts = {"caption": figure.caption, "alt": figure.alt}
@@ -206,11 +202,8 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
 
 
 def show(figure: Figure) -> None:
-    """Display a figure in a notebook with alternative text and caption, in at most 120 kB.
-
-    Jupyter's own image output has no place for alternative text, so this is an HTML output; the
-    plain-text form, which other readers of the notebook see, is the alternative text.
-    """
+    """Display a figure in a notebook with alternative text and caption, in at most 120 kB: as HTML,
+    since Jupyter's own image output has no place for them."""
     from IPython.display import display
     from PIL import Image
 

@@ -11,7 +11,7 @@ from matplotlib.transforms import offset_copy
 from healing_utils.analysis.claims import MARGIN
 from healing_utils.analysis.effects import groups
 from healing_utils.analysis.harm import BUDGET, harm_name, place
-from healing_utils.analysis.price import SHARES, by_examples, ordered
+from healing_utils.analysis.price import SHARES, beside_end, by_examples, ordered
 from healing_utils.base.errors import HealingError
 from healing_utils.report import plots
 from healing_utils.report.plots import COLORS, DASH, DASH_DOT, DOTS, GREY, captioned
@@ -36,9 +36,8 @@ def vulnerability_map(table: pd.DataFrame):
         layer=table["layer"] + 1,
     ).loc[order]
     table = plots.titled(table, "title", "model").sort_values("panel", kind="stable")
-    figure, _ = plots.heat_maps(
-        table, "part", "layer", "retained", "share of intact score", low=0.5
-    )
+    label = "share of intact score"
+    figure, _ = plots.heat_maps(table, "part", "layer", "retained", label, low=0.5)
     figure.note = plots.seeds(table["n"])
     return figure, table
 
@@ -152,7 +151,7 @@ def healing_over_time(curves: pd.DataFrame):
     whole = curves["part"].isin(["all", "none"]) & (curves["start"] == "pre-trained")
     hit = curves["side"].isin(["bottom", "top"]) & (curves["kind"] == "reinit")
     hit &= curves["recipe"].isin(["full", "drop"])
-    table = curves[whole & curves["score"].notna() & (hit | (curves["state"] == "intact"))]
+    table = beside_end(curves[whole & (hit | (curves["state"] == "intact"))])
     kept = []
     for _, own in groups(table, ["model", "task"]):
         trainings = [part for _, part in own.groupby(BUDGET) if part["state"].nunique() == 2]
@@ -162,12 +161,7 @@ def healing_over_time(curves: pd.DataFrame):
     if not kept:
         raise HealingError("no healed model beside its intact one: nothing to draw")
     table = pd.concat(kept)
-    of = ["model", "task", "seed"]
-    looked = table.groupby([*of, "side", "recipe"])["evaluations"].transform("max")
-    table = table[table["evaluations"] == looked].sort_values("step", kind="stable")
-    ends = table[table["state"] == "intact"].drop_duplicates(of, keep="last")
-    table = table.merge(ends[[*of, "score"]], on=of, suffixes=("", "_end"))
-    table["retained"] = (table["score"] / table["score_end"]).where(table["score_end"] > 0)
+    table["retained"] = (table["score"] / table["intact"]).where(table["intact"] > 0)
     how = table["recipe"].map({"full": "kept", "drop": "taken out"})
     intact = table["state"] == "intact"
     table["line"] = (table["side"] + ", " + how).mask(intact, "intact")

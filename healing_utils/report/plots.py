@@ -2,9 +2,8 @@
 the words of figures share.
 
 A figure gives its table a column `panel` (the panel's title), and `line` or `row` where curves or
-rows have names, and draws with these functions. Colours are those of Okabe and Ito (2008), told
-apart with any colour vision; bottom is always vermilion and top always blue. Figures are drawn at
-the width at which they are read.
+rows have names. Colours are those of Okabe and Ito (2008), told apart with any colour vision;
+bottom is always vermilion and top always blue.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Figures of what layers and neurons know: before, after, broken and healed.
 
-They take the tables of the stages `probing` and `neurons`, of one or more models, corpora and tag
-columns (a panel each), tasks and seeds, and draw as `figures` does. A `value` of the probes is
-``selectivity``, ``accuracy`` or ``cka``. Bottom and top always mean layers: neurons are strongest,
-random or weakest.
+They take the tables of the stages `probing` and `neurons`, and draw as `figures` does. A `value` of
+the probes is ``selectivity``, ``accuracy`` or ``cka``. Bottom and top always mean layers: neurons
+are strongest, random or weakest.
 """
 
 from __future__ import annotations
@@ -144,7 +143,10 @@ def ablation_curves(ablation: pd.DataFrame):
     frame = pd.concat([*starts, ablated])
     frame = frame.merge(whole[[*NETWORK, "score"]], on=NETWORK, suffixes=("", "_whole"))
     frame = frame.assign(percent=100 * frame.share, change=frame.score - frame.score_whole)
-    frame, figure, drawn = _ranked(frame, "percent", "change")
+    frame["line"] = frame.which.map({which: name for which, (name, _) in RANKS.items()})
+    frame = plots.titled(frame.assign(title=frame.network + "\n" + frame.place), "title", "model")
+    look = (dict(RANKS.values()), _columns(frame.place), 1.3)
+    figure, drawn = plots.curves(frame, "percent", "change", *look)
     for axis, _ in drawn:
         axis.axhline(0, color=plots.GREY, lw=1, zorder=1, label="nothing ablated")
     return figure, frame, f"change in {plots.measure(frame)}"
@@ -189,13 +191,6 @@ def _cells(table: pd.DataFrame, value: str, states: list[str]) -> pd.DataFrame:
     return frame.sort_values(
         by, kind="stable", key=lambda c: c.map(orders[c.name].index) if c.name in orders else c
     )
-
-
-def _ranked(frame: pd.DataFrame, x: str, y: str):
-    """Curves of the strongest, random and weakest neurons, a panel a network and place."""
-    frame = frame.assign(line=frame.which.map({which: name for which, (name, _) in RANKS.items()}))
-    frame = plots.titled(frame.assign(title=frame.network + "\n" + frame.place), "title", "model")
-    return frame, *plots.curves(frame, x, y, dict(RANKS.values()), _columns(frame.place), 1.3)
 
 
 def _columns(names: pd.Series) -> int:
