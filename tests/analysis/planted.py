@@ -22,17 +22,16 @@ INTACT = {"state": "intact", "score": 0.9}
 
 def cells(*rows, seeds=SEEDS) -> pd.DataFrame:
     """`harm.gather`'s table for planted scores, each with a little noise of its own by seed."""
+    plain = {
+        "model": "m", "task": "t", "state": "healed", "side": "bottom", "level": 0.5,
+        "layers": (0, 1, 2), "n_layers": 6, "kind": "reinit", "strength": math.nan, "part": "all",
+        "start": "pre-trained", "recipe": "full", "train_size": 100, "epochs": 2.0, "steps": 7.0,
+        "learning_rate": 1e-3, "evaluations": 3, "head": "first", "scan": "main", "metric": "f1",
+        "chance": 0.5, "test_size": 100, "diverged": "",
+    }  # fmt: skip
     out = []
     for number, (row, seed) in enumerate(itertools.product(rows, seeds)):
-        plain = {
-            "model": "m", "task": "t", "state": "healed", "side": "bottom", "level": 0.5,
-            "layers": (0, 1, 2), "n_layers": 6, "kind": "reinit", "strength": math.nan,
-            "part": "all", "start": "pre-trained", "recipe": "full", "train_size": 100,
-            "epochs": 2.0, "steps": 7.0, "learning_rate": 1e-3, "evaluations": 3, "head": "first",
-            "scan": "main", "metric": "f1", "chance": 0.5, "test_size": 100, "diverged": "",
-            "key": f"k{number}",
-        }  # fmt: skip
-        row = plain | {"seed": seed} | row
+        row = plain | {"key": f"k{number}", "seed": seed} | row
         if row["state"] in ("intact", "scratch"):
             row |= {"side": "none", "level": 0.0, "kind": "none", "layers": ()}
         row["score"] += NOISE * math.sin(7 * seed + 3 * number)
@@ -74,58 +73,38 @@ def study(
     """
     rng = np.random.default_rng(random)
     probing, minimal, scores = [], [], []
-
-    def cell(state, task="none", side="none", level=0.0, seed=0, layers=()):
-        kind = "none" if side == "none" else "reinit"
-        return dict(
+    networks = [("pretrained", "none", "none", 0.0)]
+    networks += [("intact", task, "none", 0.0) for task in tasks]
+    networks += [
+        (state, task, *where)
+        for task, where, state in itertools.product(healed_tasks, sides, ("broken", "healed"))
+    ]
+    for seed, (state, task, side, level) in itertools.product(seeds, networks):
+        hit = range(round(level * n_layers))
+        layers = tuple(n_layers - 1 - i if side == "top" else i for i in hit)
+        cell = dict(
             model=model, architecture=architecture, task=task, state=state, side=side, level=level,
-            kind=kind, layers=layers, n_layers=n_layers, seed=seed,
+            kind="reinit" if layers else "none", layers=tuple(sorted(layers)), n_layers=n_layers,
+            seed=seed, key="k",
         )  # fmt: skip
-
-    def probe(knows, cka, **where):
+        lost = damage * (1 - knowledge_healing * (state == "healed"))
         for corpus, column in CORPORA:
-            level = rng.normal(0, noise)
+            own, centre = rng.normal(0, noise, 2)
+            words = cell | dict(corpus=corpus, column=column)
             for layer in range(n_layers + 1):
-                words = dict(corpus=corpus, column=column, key="k", layer=layer)
-                found = knows(layer) + level
-                measured = dict(accuracy=found, selectivity=found / 2, cka=cka(layer))
-                probing.append(cell(**where) | words | measured)
-
-    def centre(depth, **where):
-        for corpus, column in CORPORA:
-            words = dict(corpus=corpus, column=column, key="k")
-            found = depth + rng.normal(0, noise)
-            minimal.append(cell(**where) | words | dict(center_of_mass=found))
-
-    def score(value, **where):
-        measured = dict(part="all", strength=math.nan, metric="accuracy", chance=0.5, test_size=400)
-        scores.append(cell(**where) | measured | dict(score=value + rng.normal(0, noise)))
-
-    def after(task, layer):
-        return 0.8 - forgets.get(task, 0.0) * (layer > n_layers / 2)
-
-    for seed in seeds:
-        probe(lambda layer: 0.8, lambda layer: math.nan, state="pretrained", seed=seed)
-        centre(0.6, state="pretrained", seed=seed)
-        for task in tasks:
-            own = dict(task=task, seed=seed, state="intact")
-            probe(lambda x, t=task: after(t, x), lambda x: math.nan, **own)
-            centre(0.6 - shift, **own)
-            score(0.9, **own)
-        for task, (side, level) in itertools.product(healed_tasks, sides):
-            count = round(level * n_layers)
-            layers = tuple(range(n_layers - count, n_layers) if side == "top" else range(count))
-            for state, knows, does in (
-                ("broken", 0.0, 0.0), ("healed", knowledge_healing, task_healing)
-            ):  # fmt: skip
-                where = dict(state=state, task=task, seed=seed, side=side, level=level)
-                where["layers"] = layers
-
-                def curve(layer, hit=layers, knows=knows, task=task):
-                    return after(task, layer) - damage * (1 - knows) * (layer - 1 in hit)
-
-                probe(curve, lambda x, hit=layers: 0.25 if x - 1 in hit else 1.0, **where)
-                score(0.9 - 0.4 * (1 - does), **where)
+                knows = 0.8 - forgets.get(task, 0.0) * (layer > n_layers / 2) + own
+                knows -= lost * (layer - 1 in layers)
+                cka = (0.25 if layer - 1 in layers else 1.0) if layers else math.nan
+                found = dict(layer=layer, accuracy=knows, selectivity=knows / 2, cka=cka)
+                probing.append(words | found)
+            if not layers:
+                sunk = shift * (state == "intact")
+                minimal.append(words | dict(center_of_mass=0.6 - sunk + centre))
+        if state != "pretrained":
+            broken = 1 - {"intact": 1, "broken": 0, "healed": task_healing}[state]
+            measured = dict(part="all", strength=math.nan, metric="accuracy", chance=0.5)
+            score = 0.9 - 0.4 * broken + rng.normal(0, noise)
+            scores.append(cell | measured | dict(test_size=400, score=score))
     return SimpleNamespace(
         probing=pd.DataFrame(probing), neurons=pd.DataFrame(minimal), scores=pd.DataFrame(scores)
     )
