@@ -18,21 +18,23 @@ from healing_utils.report.figures import claims_figure
 SPREAD = np.array([-3e-3, -2e-3, -1e-3, 1e-3, 2e-3, 3e-3])
 
 
-def entry(effects, name="T", main=False, tasks=("a",), variant="", **more) -> dict[str, Claim]:
+def entry(
+    effects, name="T", main=False, tasks=("a",), variant="", model="m", **more
+) -> dict[str, Claim]:
     """A ledger of one claim whose units have these effects: (tasks, seeds) or (seeds,)."""
     table = np.atleast_2d(effects)
     index = pd.MultiIndex.from_product([tasks, range(table.shape[1])])
-    names = {"model": "m", "variant": variant, "main": main}
+    names = {"model": model, "variant": variant, "main": main}
+    found = [units(names, pd.Series(table.ravel(), index))]
+    return {name: Claim(name, "It is so", "a paper", "units", lambda _: found, **more)}
 
-    def found(tables):
-        yield units(names, pd.Series(table.ravel(), index))
 
-    return {name: Claim(name, "It is so", "a paper", "units", found, **more)}
+def decided(ledger, **given):
+    return decide(Planted(scored=cells(INTACT), **given), ledger)[0]
 
 
 def one(effects, lost=(), **more):
-    table, _ = decide(Planted(scored=cells(INTACT), lost=lost), entry(effects, **more))
-    return table.iloc[0]
+    return decided(entry(effects, **more), lost=lost).iloc[0]
 
 
 @pytest.mark.parametrize(
@@ -45,8 +47,10 @@ def one(effects, lost=(), **more):
         ("more", 0.011, "undecided", "not clear of 1 point"),
         ("not worse", 0.0, "holds", "not below minus 1 point"),
         ("not worse", -0.05, "fails", "beyond 1 point"),
+        ("not worse", -0.009, "undecided", "not clear of 1 point"),
         ("same", 0.002, "holds", "within 1 point of zero"),
         ("same", 0.05, "fails", "beyond 1 point"),
+        ("same", -0.05, "fails", "beyond 1 point"),
         ("same", 0.0095, "undecided", "not clear of 1 point"),
     ],
 )
@@ -78,15 +82,14 @@ def test_the_unit_is_the_seed_and_each_task_stands_beside():
 def test_primary_claims_are_corrected_and_all_others_exploratory():
     ledger = entry(0.05 + SPREAD, "A1", main=True) | entry(0.05 + SPREAD, "A3", main=True)
     ledger |= entry(0.05 + SPREAD, "H", main=True) | entry(0.05 + SPREAD, "T", main=True)
-    table = decide(Planted(scored=cells(INTACT)), ledger)[0].set_index("claim")
+    table = decided(ledger).set_index("claim")
     assert table.primary.to_dict() == {"A1": True, "A3": True, "H": True, "T": False}
     assert table.p_corrected[["A1", "A3", "H"]].tolist() == [3 / 64] * 3
     assert (table.verdict == "holds").all() and math.isnan(table.p_corrected["T"])
     said = in_words(table.reset_index())
     assert "corrected p 0.047" in said[0] and "p 0.016, exploratory" in said[3]
     # A primary claim that was not made counts in the family all the same.
-    alone = one(0.05 + SPREAD, name="A1", main=True)
-    assert alone.p_corrected == 3 / 64
+    assert one(0.05 + SPREAD, name="A1", main=True).p_corrected == 3 / 64
     # Off the main grid a claim is exploratory whatever its name.
     assert not one(0.05 + SPREAD, name="A1").primary
 
@@ -105,30 +108,22 @@ def test_what_is_missing_leaves_it_undecided_and_is_named():
 
 def test_a_claim_without_units_is_not_tested_and_says_what_it_needs():
     nothing = Claim("T", "It is so", "a paper", "a machine", lambda tables: iter(()))
-    table, _ = decide(Planted(scored=cells(INTACT)), {"T": nothing})
+    table = decided({"T": nothing})
     assert table.verdict.tolist() == ["not tested"] and table.reason[0] == "it needs a machine"
     assert in_words(table) == ["T, m: It is so. Not tested: it needs a machine."]
 
 
 def test_units_twice_are_refused():
     index = pd.MultiIndex.from_tuples([("a", 0), ("a", 0)])
-    names = {"model": "m", "variant": "", "main": False}
-    twice = Claim("T", "", "", "", lambda tables: iter([units(names, pd.Series([1.0, 2], index))]))
+    twice = Claim("T", "", "", "", lambda _: [units({"model": "m"}, pd.Series([1.0, 2], index))])
     with pytest.raises(HealingError, match="1 duplicate cell"):
-        decide(Planted(scored=cells(INTACT)), {"T": twice})
+        decided({"T": twice})
 
 
 def test_the_organism_demonstrates():
-    table = cells(INTACT).assign(model="data/organism")
-    ledger = entry(0.05 + SPREAD)
-
-    def of_organism(tables):
-        for frame in ledger["T"].units(tables):
-            yield frame.assign(model="data/organism")
-
-    shown = {"T": Claim("T", "", "", "", of_organism)}
-    shown["U"] = Claim("U", "", "", "", of_organism, demonstrates=False)
-    found = decide(Planted(scored=table), shown)[0]
+    ledger = entry(0.05 + SPREAD, model="data/organism")
+    ledger |= entry(0.05 + SPREAD, "U", model="data/organism", demonstrates=False)
+    found = decided(ledger).query("model == 'data/organism'")
     assert found.evidence.tolist() == [builder.DEMONSTRATION, ""]
 
 
@@ -141,14 +136,13 @@ def test_the_error_of_the_test_items_is_paired():
         {"task": "t", "seed": int(key[1:]), "key": key, "score": x.mean(),
          "weight": 1.0 if key[0] == "a" else -1.0} for key, x in right.items()
     )  # fmt: skip
-    names = {"model": "m", "variant": "", "main": False}
-    entry = Claim("T", "", "", "", lambda tables: iter([contrast(names, rows, rows["weight"])]))
-    found = decide(Planted(scored=cells(INTACT), right=right), {"T": entry})[0].iloc[0]
+    entry = Claim("T", "", "", "", lambda _: [contrast({"model": "m"}, rows, rows["weight"])])
+    found = decided({"T": entry}, right=right).iloc[0]
     items = np.mean([right[f"a{i}"] * 1.0 - right[f"b{i}"] for i in range(6)], axis=0)
     assert (found.effect, found.test_error) == pytest.approx((items.mean(), stats.sem(items)))
     assert f"test items {100 * stats.sem(items):.1f}" in in_words(found.to_frame().T)[0]
     right.pop("b3")  # a record from before they were kept
-    assert math.isnan(decide(Planted(right=right), {"T": entry})[0].test_error[0])
+    assert math.isnan(decided({"T": entry}, right=right).test_error[0])
 
 
 def test_a_researcher_adds_a_claim_in_one_place(monkeypatch):
@@ -160,8 +154,7 @@ def test_a_researcher_adds_a_claim_in_one_place(monkeypatch):
     def top_is_free(tables):
         top = tables.cells[tables.cells["side"] == "top"]
         for model, part in top.groupby("model"):
-            names = {"model": model, "variant": "", "main": False}
-            yield contrast(names, part, other="intact")
+            yield contrast({"model": model}, part, other="intact")
 
     table = cells(INTACT, {"side": "top", "layers": (3, 4, 5), "score": 0.895})
     found = decide(Planted(scored=table), builder.entries("N"))[0]
@@ -171,5 +164,4 @@ def test_a_researcher_adds_a_claim_in_one_place(monkeypatch):
     assert in_words(found)[0].startswith("N, m: The top costs nothing. Holds: -0.5 points")
     (axis,) = claims_figure(found).axes
     assert [t.get_text() for t in axis.get_yticklabels()] == ["N  The top costs nothing"]
-    found = decide(Planted(scored=cells(INTACT)), builder.entries("N"))[0]
-    assert found.reason.tolist() == ["it needs healed tops"]
+    assert decided(builder.entries("N")).reason.tolist() == ["it needs healed tops"]

@@ -10,8 +10,6 @@ from scipy import stats
 from healing_utils.analysis import effects
 from healing_utils.base.errors import HealingError
 
-# --- intervals ---
-
 
 def test_t_interval_agrees_with_scipy():
     x = np.random.default_rng(1).normal(0.03, 0.02, 7)
@@ -33,23 +31,17 @@ def test_a_missing_value_is_refused_rather_than_dropped(function, bad):
         function([0.1, bad, 0.2])
 
 
-# --- sign flips ---
-
-
 def all_flips(x):
-    x = np.asarray(x)
     sums = np.array([(x * s).sum() for s in itertools.product([1, -1], repeat=len(x))])
     return np.mean(sums >= x.sum() - 1e-9 * np.abs(x).sum())
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 11])
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
 def test_sign_flip_is_exact(n):
-    rng = np.random.default_rng(n)
     for shift in (-0.5, 0.0, 1.0):
-        x = rng.normal(shift, 1, n)
-        assert effects.sign_flip(x) == pytest.approx(all_flips(x))
-        tied = np.round(x, 0)  # zeros and equal magnitudes
-        assert effects.sign_flip(tied) == pytest.approx(all_flips(tied))
+        x = np.random.default_rng(n).normal(shift, 1, n)
+        for values in (x, np.round(x)):  # with zeros and equal magnitudes
+            assert effects.sign_flip(values) == pytest.approx(all_flips(values))
 
 
 def test_the_smallest_p_and_too_many_units():
@@ -62,22 +54,6 @@ def test_the_smallest_p_and_too_many_units():
     assert effects.sign_flip(many) == pytest.approx(
         stats.t.sf(many.mean() / (many.std(ddof=1) / 30**0.5), 29)
     )
-
-
-@pytest.mark.parametrize(
-    ("direction", "holds", "fails", "open_"),
-    [("more", 0.02, 0.0, 0.01), ("not worse", 0.0, -0.02, -0.01), ("same", 0.0, 0.02, 0.01)],
-)
-def test_claims_are_tested_against_the_margin(direction, holds, fails, open_):
-    spread = np.array([-2e-3, -1e-3, -5e-4, 5e-4, 1e-3, 2e-3])
-    for mean, sure, opposite in ((holds, True, False), (fails, False, True), (open_, False, False)):
-        p, against = effects.p_values(mean + spread, direction, 0.01)
-        assert (p < 0.05, against < 0.05) == (sure, opposite)
-    if direction == "same":  # on both sides
-        assert effects.p_values(spread - 0.02, direction, 0.01)[1] < 0.05
-
-
-# --- corrections and sizes ---
 
 
 def test_holm_worked_by_hand():

@@ -37,15 +37,18 @@ def test_measures_follow_the_definitions_within_a_task_and_seed():
     assert rest.intact.min() > 0.89 and rest.healing.mean() == pytest.approx(0.9, abs=0.01)
 
 
-def test_healing_is_missing_where_the_damage_is_noise():
+def test_healing_is_missing_where_the_damage_is_noise_and_named_where_a_cell_is_missing():
     results = study(noise=0.004)
     rng = np.random.default_rng(2)
     results.loc[hit(results), "score"] = 0.9 + rng.normal(0, 0.01, hit(results).sum())
-    table = measures(results)
-    top = table.side == "top"
-    assert table[top].healing.isna().all() and table[top].retained.notna().all()
+    gone = hit(results, side="bottom") & (results.seed == 1)
+    table = measures(results[~gone])
+    top, alone = table.side == "top", (table.side == "bottom") & (table.seed == 1)
+    assert len(table) == 24 and table.retained.notna().all()
+    assert (table.healing.isna() == (top | alone)).all()
     assert table[top].reason.str.contains("interval of zero").all()
-    assert table[~top].healing.notna().all() and (table[~top].reason == "").all()
+    assert (table[alone].reason == "missing: broken").all()
+    assert (table[~top & ~alone].reason == "").all()
 
 
 @pytest.mark.parametrize(
@@ -60,16 +63,6 @@ def test_healing_is_missing_where_the_damage_is_noise():
 def test_a_measure_that_cannot_be_made_is_missing_with_its_reason(results, measure, reason):
     table = measures(results)
     assert table[measure].isna().all() and table.reason.str.contains(reason).all()
-
-
-def test_a_cell_without_its_partner_is_kept_and_named():
-    results = study()
-    table = measures(results[~(hit(results) & (results.seed == 1))])
-    assert len(table) == 24
-    alone = (table.side == "top") & (table.seed == 1)
-    assert (table[alone].reason == "missing: broken").all()
-    assert table[alone].retained.notna().all() and table[alone].healing.isna().all()
-    assert (table[~alone].reason == "").all()
 
 
 def test_measures_refuse_duplicates_and_mixed_metrics():

@@ -1,6 +1,7 @@
 """Figures: what they draw, what they say, and that they can be read."""
 
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ PLACES = (("conll2000", "chunk"), ("en_ewt", "upos"))
 HALVES = {"bottom": (0, 1, 2), "top": (3, 4, 5)}
 KNOWN = {"pretrained": 0.5, "untrained": 0.1, "intact": 0.4, "broken": 0.05, "healed": 0.25}
 SIZES = (1, 10, 100, 1000, 2688)
+LESS = {"top": 0.3, "random": 0.5, "bottom": 0.6}
 
 
 def results(tasks=("sst2",), seeds=(0, 1, 2), model="lab/tiny", init=True, chance=0.5):
@@ -52,39 +54,39 @@ def results(tasks=("sst2",), seeds=(0, 1, 2), model="lab/tiny", init=True, chanc
     return pd.DataFrame(rows)
 
 
+def grid(**columns):
+    """A row for each combination of the lists among the columns."""
+    lists = [value if isinstance(value, list) else [value] for value in columns.values()]
+    return pd.DataFrame(itertools.product(*lists), columns=list(columns))
+
+
 def similarities(harms=("reinit",)):
-    return pd.DataFrame(
-        [
-            dict(model="lab/tiny", task="sst2", state="broken", layer=k, side=side, level=0.5,
-                 kind="reinit", harm=harm, seed=s, similarity=1 - 0.1 * k * w, measure="cka")
-            for k in range(7) for s in (0, 1) for side, w in (("bottom", 1.5), ("top", 0.2))
-            for harm in harms
-        ]
+    table = grid(
+        model="lab/tiny", task="sst2", state="broken", layer=[*range(7)], seed=[0, 1],
+        side=["bottom", "top"], harm=[*harms], level=0.5, kind="reinit", measure="cka",
     )  # fmt: skip
+    return table.assign(
+        similarity=1 - 0.1 * table.layer * table.side.map({"bottom": 1.5, "top": 0.2})
+    )
 
 
 def curves():
-    return pd.DataFrame(
-        [
-            dict(model="lab/tiny", task="sst2", step=step, state=state, side=side, level=level,
-                 score=0.5 + step * pace + 0.01 * seed, kind="reinit" if level else "none",
-                 seed=seed)
-            for state, side, level, pace in (("intact", "none", 0.0, 0.02),
-                                             ("healed", "bottom", 0.5, 0.01))
-            for seed in (0, 1) for step in (0, 10, 20)
-        ]
-    )  # fmt: skip
+    table = grid(model="lab/tiny", task="sst2", state=["intact", "healed"], seed=[0, 1],
+                 step=[0, 10, 20])  # fmt: skip
+    intact = table.state == "intact"
+    score = 0.5 + table.step * np.where(intact, 0.02, 0.01) + 0.01 * table.seed
+    words = {"side": ("none", "bottom"), "level": (0.0, 0.5), "kind": ("none", "reinit")}
+    words = {name: np.where(intact, *pair) for name, pair in words.items()}
+    return table.assign(score=score, **words)
 
 
 def report():
-    return pd.DataFrame(
-        [
-            dict(name=f"{layer}.{role}.{name}", layer=layer, role=role, std_before=before,
-                 std_after=after, elements=100)
-            for layer in (0, 1) for role, width in (("query", 0.04), ("feed_forward", 0.05))
-            for name, before, after in (("weight", width, 0.177), ("bias", 0.02, 0.0))
-        ]
-    )  # fmt: skip
+    table = grid(layer=[0, 1], role=["query", "feed_forward"], end=["weight", "bias"], elements=100)
+    weight = table.end == "weight"
+    width = table.role.map({"query": 0.04, "feed_forward": 0.05})
+    name = table.layer.astype(str) + "." + table.role + "." + table.end
+    after = np.where(weight, 0.177, 0.0)
+    return table.assign(name=name, std_before=width.where(weight, 0.02), std_after=after)
 
 
 def networks(tasks, states, seeds, model):
@@ -107,14 +109,10 @@ def known(state, layer, seed):
 
 
 def probing(tasks=("sst2",), seeds=(0, 1, 2), model="lab/tiny", n=6):
-    return pd.DataFrame(
-        [
-            cell | dict(layer=layer, selectivity=value, accuracy=value + 0.4, majority=0.3,
-                        n_test=1200, cka=value)
-            for cell in networks(tasks, KNOWN, seeds, model)
-            for layer in range(n + 1) for value in [known(cell["state"], layer, cell["seed"])]
-        ]
-    )  # fmt: skip
+    cells = pd.DataFrame(networks(tasks, KNOWN, seeds, model))
+    table = cells.merge(grid(layer=[*range(n + 1)], majority=0.3, n_test=1200), how="cross")
+    found = [known(*row) for row in table[["state", "layer", "seed"]].to_numpy()]
+    return table.assign(selectivity=found, cka=found, accuracy=np.add(found, 0.4))
 
 
 def minimal(tasks=("sst2", "rte"), seeds=(0, 1, 2)):
@@ -128,41 +126,33 @@ def minimal(tasks=("sst2", "rte"), seeds=(0, 1, 2)):
     return pd.DataFrame(rows)
 
 
+def neurons(cells, sizes=SIZES):
+    """Of networks at numbers of neurons, with how much less than the strongest others hold."""
+    table = pd.DataFrame(cells).merge(grid(k=[*sizes], which=[*LESS]), how="cross")
+    return table.assign(share=table.k / 2688, less=table.which.map(LESS))
+
+
 def curve(tasks=("sst2",), seeds=(0, 1, 2)):
-    return pd.DataFrame(
-        [
-            cell | dict(k=k, share=k / 2688, which=which, accuracy=0.9 - slow * (1 - k / 2688))
-            for cell in networks(tasks, ("pretrained", "intact"), seeds, "lab/tiny")
-            for k in SIZES for which, slow in (("top", 0.3), ("random", 0.5), ("bottom", 0.6))
-        ]
-    )  # fmt: skip
+    table = neurons(networks(tasks, ("pretrained", "intact"), seeds, "lab/tiny"))
+    return table.assign(accuracy=0.9 - table.less * (1 - table.share))
 
 
-def ablation(tasks=("sst2", "cola"), seeds=(0, 1, 2), sizes=SIZES[1:]):
-    rows = []
-    for cell in networks(tasks, ("intact",), seeds, "lab/tiny"):
-        cell |= dict(metric="matthews" if cell["task"] == "cola" else "f1")
-        rows.append(cell | dict(k=0, share=0.0, which="none", score=0.8 + 0.01 * cell["seed"]))
-        for k in sizes:
-            for which, loss in (("top", 0.8), ("random", 0.5), ("bottom", 0.2)):
-                score = 0.8 - loss * (k / 2688) ** 0.5 + 0.01 * cell["seed"]
-                rows.append(cell | dict(k=k, share=k / 2688, which=which, score=score))
-    return pd.DataFrame(rows)
+def ablation(tasks=("sst2", "cola"), seeds=(0, 1, 2)):
+    table = neurons(networks(tasks, ("intact",), seeds, "lab/tiny"), (0, *SIZES[1:]))
+    table = table[(table.k > 0) | (table.which == "top")]
+    score = 0.8 - (1.1 - table.less) * table.share**0.5 + 0.01 * table.seed
+    metric = table.task.map({"cola": "matthews"}).fillna("f1")
+    return table.assign(score=score, metric=metric)
 
 
 def losses(tasks=("sst2", "rte")):
-    return pd.DataFrame(
-        [
-            dict(model="lab/tiny", task=task, side=side, level=level, seed=seed, kind="reinit",
-                 task_loss=lost * level + 0.01 * seed + 0.02 * (task == "rte"),
-                 knowledge_loss=2 * lost * level - 0.01 * seed)
-            for task in tasks for side, lost in (("bottom", 0.2), ("top", 0.05))
-            for level in (1 / 6, 0.5) for seed in (0, 1, 2)
-        ]
-    )  # fmt: skip
+    table = grid(model="lab/tiny", task=[*tasks], side=["bottom", "top"], level=[1 / 6, 0.5],
+                 seed=[0, 1, 2], kind="reinit")  # fmt: skip
+    lost = table.side.map({"bottom": 0.2, "top": 0.05}) * table.level
+    task_loss = lost + 0.01 * table.seed + 0.02 * (table.task == "rte")
+    return table.assign(task_loss=task_loss, knowledge_loss=2 * lost - 0.01 * table.seed)
 
 
-@functools.cache
 def claims(model="lab/tiny"):
     """A row that holds, one that fails, and one that nothing was made for."""
     made = [("A1", 0.15, "holds"), ("A3", -0.05, "fails"), ("B1", math.nan, "not tested")]
@@ -176,10 +166,10 @@ def claims(model="lab/tiny"):
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+@functools.cache
 def shipped(table):
     """A table of `harm` from the shipped records of the organism."""
-    every = harm.gather(QUICK)
-    return every if table == "cells" else getattr(harm, table)(every)
+    return harm.gather(QUICK) if table == "cells" else getattr(harm, table)(shipped("cells"))
 
 
 STUDY = results(("sst2", "imdb"))
@@ -338,8 +328,8 @@ def test_claims_figure_tells_verdicts_in_words_and_leaves_out_what_has_no_estima
 
 
 def test_weight_change_separates_weights_from_biases_and_pools_by_variance():
-    table = report()
-    table.loc[len(table)] = ["0.feed_forward.second.weight", 0, "feed_forward", 0.01, 0.177, 300]
+    second = report().query("name == '0.feed_forward.weight'")
+    table = pd.concat([report(), second.assign(std_before=0.01, elements=300)])
     figure = figures.weight_change(table, model="lab/tiny")
     before, after = (a.collections[0].get_array().reshape(4, 2) for a in figure.axes[:2])
     roles = [t.get_text() for t in figure.axes[0].get_yticklabels()]
@@ -350,28 +340,54 @@ def test_weight_change_separates_weights_from_biases_and_pools_by_variance():
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1", "2"]
 
 
-def test_similarity_and_learning_curves_draw_means_over_seeds():
-    floor = similarities().query("side == 'top'").assign(state="untrained", kind="scratch")
-    figure = figures.similarity(pd.concat([similarities(), floor]))
-    (axis,) = figure.axes
-    assert line(axis, plots.COLORS["bottom"])[1] == pytest.approx(1 - 0.15 * np.arange(7))
-    assert "untrained" in labels(figure)
-    (axis,) = figures.learning_curves(curves()).axes
-    x, y = line(axis, plots.COLORS["intact"])
-    assert list(x) == [0, 10, 20] and y == pytest.approx([0.505, 0.705, 0.905])
+UPOS, CHUNK = "en_ewt · upos", "conll2000 · chunk"
+BEFORE, CHANGE = f"{UPOS}, before", f"{UPOS}, change by fine-tuning"
+BLACK, ORANGE, GREEN = plots.COLORS["intact"], "#E69F00", "#009E73"
+TWO = ("sst2", "rte")
+FLOOR = similarities().query("side == 'top'").assign(state="untrained", kind="scratch")
+MOVED = np.array([0.22, 0.38, 0.4, 0, 0, 0, 0]) - 1 / 7
+CURVE = curve().query("which == 'top'").groupby("k").accuracy.mean()
+ABLATED = np.array([0, *SIZES[1:]]) / 2688
+# A figure, the title of a panel (or its only one), a curve's colour and dash, x and y, and words.
+LINES = {
+    "similarity": (lambda: figures.similarity(pd.concat([similarities(), FLOOR])), "",
+                   plots.COLORS["bottom"], "-", range(7), 1 - 0.15 * np.arange(7), "untrained"),
+    "learning": (lambda: figures.learning_curves(curves()), "", BLACK, "-", [0, 10, 20],
+                 [0.505, 0.705, 0.905], "intact: 0.51 at 0"),
+    "before": (lambda: pf.layer_curves(probing(TWO)), BEFORE, BLACK, "-", range(7),
+               [known("pretrained", k, 1) for k in range(7)],
+               f"{UPOS} before, pre-trained: 0.50 at 0 to 0.44 at 6"),
+    "change": (lambda: pf.layer_curves(probing(TWO)), CHANGE, ORANGE, "-", range(7), [-0.1] * 7,
+               "change"),
+    "after alone": (lambda: pf.layer_curves(probing(TWO).query("state == 'intact'")), UPOS, ORANGE,
+                    "-", range(7), [known("intact", k, 1) for k in range(7)], "sst2, fine-tuned"),
+    "set before": (lambda: pf.neuron_histogram(minimal()), BEFORE, BLACK, "-", range(7),
+                   [1 / 7] * 7, "pre-trained"),
+    "set moves": (lambda: pf.neuron_histogram(minimal()), CHANGE, GREEN, "-", range(7), MOVED,
+                  "rte, fine-tuned"),
+    "neurons": (lambda: pf.accuracy_by_neurons(curve()), BEFORE, BLACK, "-", SIZES, CURVE,
+                "strongest"),
+    "neurons change": (lambda: pf.accuracy_by_neurons(curve()), CHANGE, GREEN, "-", SIZES, [0] * 5,
+                       "sst2, fine-tuned"),
+    "ablation": (lambda: pf.ablation_curves(ablation()), f"cola, fine-tuned, {CHUNK}", BLACK, "-",
+                 100 * ABLATED, -0.8 * np.sqrt(ABLATED), "strongest: 0.00 at 0 to -0.80 at 100"),
+    **{
+        f"{state}, {side}": (
+            lambda: pf.healed_curves(probing(TWO), task="lab/sst2"), f"{side} 1/2, {UPOS}",
+            plots.COLORS[side], dash, range(7), [KNOWN[state] - KNOWN["intact"]] * 7,
+            f"{UPOS}, bottom, healed: -0.15 at 0 to -0.15 at 6",
+        ) for side in HALVES for state, dash in (("healed", "-"), ("broken", "--"))
+    },
+}  # fmt: skip
 
 
-def test_layer_curves_draw_what_was_before_and_what_changes():
-    figure = pf.layer_curves(probing(("sst2", "rte")))
-    axis = titled(figure, "en_ewt · upos, before")
-    x, y = line(axis, "#000000")
-    assert list(x) == list(range(7)) and y == pytest.approx([known("pretrained", k, 1) for k in x])
-    change = titled(figure, "en_ewt · upos, change by fine-tuning")
-    assert line(change, "#E69F00")[1] == pytest.approx([-0.1] * 7)
-    assert change.get_ylabel() == "change in selectivity"
-    assert "en_ewt · upos before, pre-trained: 0.50 at 0 to 0.44 at 6" in figure.alt
-    only = pf.layer_curves(probing(("sst2", "rte")).query("state == 'intact'"))
-    assert line(only.axes[0], "#E69F00")[1] == pytest.approx([known("intact", k, 1) for k in x])
+@pytest.mark.parametrize("name", LINES)
+def test_a_curve_is_drawn_where_its_mean_is(name):
+    draw, title, color, dash, x, y, words = LINES[name]
+    figure = draw()
+    drawn = line(titled(figure, title) if title else figure.axes[0], color, dash)
+    assert drawn[0] == pytest.approx(list(x)) and drawn[1] == pytest.approx(list(y))
+    assert words in figure.alt
 
 
 def test_one_seed_has_no_lines_of_its_own_and_unequal_seeds_are_told():
@@ -383,23 +399,18 @@ def test_one_seed_has_no_lines_of_its_own_and_unequal_seeds_are_told():
     assert "mean of n = 1 to 3 seeds; thin lines" in pf.layer_curves(fewer).caption
 
 
-def test_healed_curves_draw_what_is_less_than_intact_and_shade_the_corrupted_layers():
-    table = probing(("sst2", "rte"))
+def test_healed_curves_shade_the_corrupted_layers():
+    table = probing(TWO)
     figure = pf.healed_curves(table, task="lab/sst2")
-    assert len(figure.axes) == 4
+    assert len(figure.axes) == 4 and figure.axes[0].get_ylabel() == "selectivity minus intact"
     for side, layers in HALVES.items():
-        axis = titled(figure, f"{side} 1/2, en_ewt · upos")
         # Hidden state i + 1 is the output of encoder layer i.
-        assert [p.get_x() for p in axis.patches] == [layer + 0.5 for layer in layers]
-        for state, style in (("healed", "-"), ("broken", "--")):
-            y = line(axis, plots.COLORS[side], style)[1]
-            assert y == pytest.approx([KNOWN[state] - KNOWN["intact"]] * 7)
-    assert "en_ewt · upos, bottom, healed: -0.15 at 0 to -0.15 at 6" in figure.alt
-    assert figure.axes[0].get_ylabel() == "selectivity minus intact"
+        shaded = titled(figure, f"{side} 1/2, {UPOS}").patches
+        assert [p.get_x() for p in shaded] == [layer + 0.5 for layer in layers]
     table.loc[table.side == "bottom", "side"] = "custom"
     chosen = zip(table.side, table.layers, strict=True)
     table["layers"] = [(0, 2) if side == "custom" else layers for side, layers in chosen]
-    axis = titled(pf.healed_curves(table), "layers 1, 3, en_ewt · upos")
+    axis = titled(pf.healed_curves(table), f"layers 1, 3, {UPOS}")
     assert [(p.get_x(), p.get_width()) for p in axis.patches] == [(0.5, 1), (2.5, 1)]
 
 
@@ -434,42 +445,14 @@ def test_the_heat_map_holds_every_mean_and_outlines_the_corrupted_layers():
     assert not deep.texts and [t.get_text() for t in deep.get_xticklabels()][:2] == ["0", "3"]
 
 
-def test_the_minimal_set_is_drawn_before_and_as_it_moves():
-    figure = pf.neuron_histogram(minimal())
-    assert line(titled(figure, "en_ewt · upos, before"), "#000000")[1] == pytest.approx([1 / 7] * 7)
-    moved = np.array([0.22, 0.38, 0.4, 0, 0, 0, 0]) - 1 / 7
-    change = titled(figure, "en_ewt · upos, change by fine-tuning")
-    assert line(change, "#009E73")[1] == pytest.approx(moved)
-
-
-def test_accuracy_and_ablation_draw_means_over_neurons():
-    table = curve()
-    figure = pf.accuracy_by_neurons(table)
-    axis = titled(figure, "conll2000 · chunk, before")
-    x, y = line(axis, "#000000")
-    assert list(x) == list(SIZES) and axis.get_xscale() == "log"
-    assert y == pytest.approx(table[table.which == "top"].groupby("k").accuracy.mean())
-    change = titled(figure, "conll2000 · chunk, change by fine-tuning")
-    assert line(change, "#009E73")[1] == pytest.approx([0] * len(SIZES))
-    figure = pf.ablation_curves(ablation())
-    axis = titled(figure, "cola, fine-tuned, conll2000 · chunk")
-    x, y = line(axis, "#000000")
-    assert y == pytest.approx(-0.8 * np.sqrt(np.asarray(x) / 100))
-    assert x == pytest.approx(100 * np.array([0, *SIZES[1:]]) / 2688)
-    assert axis.get_ylabel() == "change in matthews or macro-F1"
-    assert "strongest: 0.00 at 0 to -0.80 at 100" in figure.alt
-
-
 def test_losses_are_drawn_beside_each_other_with_their_intervals():
     table = losses()
     figure = pf.loss_against_loss(table)
-    axis = titled(figure, "sst2")
     for loss, marker in (("knowledge_loss", "o"), ("task_loss", "s")):
         means = table[table.task == "sst2"].groupby(["side", "level"])[loss].mean()
-        drawn = [x for x, mark in marks(axis) if mark == marker]
+        drawn = [x for x, mark in marks(titled(figure, "sst2")) if mark == marker]
         assert sorted(drawn) == pytest.approx(sorted(means))
     assert "sst2, bottom 1/2, knowledge loss 0.190" in figure.alt
-    assert "sst2, bottom 1/2, task loss 0.110" in figure.alt
 
 
 def test_an_interval_beyond_the_panel_is_marked_where_it_is_cut():
@@ -496,14 +479,12 @@ def test_harm_is_drawn_from_the_tables_of_harm():
     (axis,) = harm_figures.price_curves(shipped("cells")).axes
     x, y = line(axis, plots.COLORS["intact"])
     assert len(x) > 2 and y[-1] == pytest.approx(1)
-    assert [t.get_text() for t in axis.texts] == ["90 %", "95 %", "99 %"]
     harms = shipped("by_harm")
     axis = titled(harm_figures.harm_curves(harms), "topic")
-    broken = harms.query("task == 'topic' and state == 'broken'").retained
+    harms = harms.query("task == 'topic'")
+    broken = harms.query("state == 'broken'").retained
     assert sorted(x for x, mark in marks(axis) if mark == "x") == pytest.approx(sorted(broken))
-    assert (
-        len(axis.get_yticks()) == harms.query("task == 'topic'").groupby(["harm", "level"]).ngroups
-    )
+    assert len(axis.get_yticks()) == harms.groupby(["harm", "level"]).ngroups
 
 
 def test_no_figure_writes_minus_nothing():
