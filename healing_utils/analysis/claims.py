@@ -1,8 +1,7 @@
 """One builder for every claim of the ledger: from the effects of units to a verdict in words.
 
-An entry (`ledger` has them) says what one unit's effect is; interval, exact test, correction,
-verdict and sentence are made here alone. The unit is the seed: effects are averaged over the tasks
-of a seed, and each task stands beside that.
+An entry (`ledger` has them) says what one unit's effect is; interval, test, correction, verdict and
+sentence are made here alone. Effects are averaged over the tasks of a seed, the unit.
 """
 
 from __future__ import annotations
@@ -121,12 +120,10 @@ def contrast(
 
 
 def decide(tables: Any, ledger: dict[str, Claim] = LEDGER) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The table of claims, a row a claim, model and variant, and their effects by task.
-
-    `tables` is a run's `ledger.Tables`. p is corrected (Holm) over a model's `PRIMARY` claims on
-    the main grid. A planned cell that is missing leaves what rests on it *undecided*; a claim for
-    which a run has no cell is *not tested*, with what it would need.
-    """
+    """The table of claims, a row a claim, model and variant, and their effects by task, of a run's
+    `ledger.Tables`. p is corrected (Holm) over a model's `PRIMARY` claims on the main grid. A
+    planned cell that is missing leaves what rests on it *undecided*; a claim for which a run has no
+    cell is *not tested*, with what it would need."""
     rows, by_task = [], []
     for entry in ledger.values():
         found = [frame for frame in entry.units(tables) if len(frame)]
@@ -228,12 +225,8 @@ def verdict(row: pd.Series, alpha: float) -> tuple[str, str, float]:
     if (row.p_corrected if row.primary else row.p) < ALPHA:
         if not p_values(row.sure, direction, margin)[0] < alpha:
             return "undecided", "not sure with the censored cells counted as recovered", math.nan
-        where = {
-            "more": f"above {points}",
-            "not worse": f"not below minus {points}",
-            "same": f"within {points} of zero",
-        }
-        return "holds", where[direction], math.nan
+        where = {"more": f"above {points}", "not worse": f"not below minus {points}"}
+        return "holds", where.get(direction, f"within {points} of zero"), math.nan
     if row.opposite < ALPHA:
         if direction == "more":
             small = row.low >= -margin

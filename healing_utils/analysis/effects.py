@@ -36,16 +36,13 @@ class Interval(NamedTuple):
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
-    """Mean and Student t-interval of independent values, one per unit. (At three to five values a
+def t_interval(values: Iterable[float]) -> Interval:
+    """Mean and 95 % Student t-interval of independent values, one per unit. (At three to five a
     percentile bootstrap covers far less than it says.) Raises HealingError on a missing value."""
     x = _finite(values)
-    n = len(x)
-    mean = float(x.mean()) if n else math.nan
-    if n < 2:
-        return Interval(mean, math.nan, math.nan, n)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * x.std(ddof=1) / math.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
+    n, mean = len(x), float(x.mean()) if len(x) else math.nan
+    half = stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean, float(mean - half), float(mean + half), n)
 
 
 def sign_flip(values: Iterable[float]) -> float:
@@ -90,14 +87,14 @@ def holm(p_values: Iterable[float]) -> np.ndarray:
     return corrected
 
 
-def units_needed(size: float, power: float = 0.8, alpha: float = ALPHA) -> float:
-    """How many units a one-sided t-test at `alpha` needs for an effect of `size` standard
-    deviations and a `power`, by the noncentral t distribution; NaN for no effect."""
+def units_needed(size: float, alpha: float = ALPHA) -> float:
+    """How many units a one-sided t-test at `alpha` needs to find an effect of `size` standard
+    deviations in four of five cases, by the noncentral t distribution; NaN for no effect."""
     if math.isnan(size) or size <= 0:
         return math.nan
     n = np.array([*range(2, 1000), *range(1000, 100_000, 500)])
     limit = stats.t.ppf(1 - alpha, n - 1)
-    enough = np.flatnonzero(stats.nct.sf(limit, n - 1, size * np.sqrt(n)) >= power)
+    enough = np.flatnonzero(stats.nct.sf(limit, n - 1, size * np.sqrt(n)) >= 0.8)
     return float(n[enough[0]]) if len(enough) else math.inf
 
 

@@ -1,10 +1,9 @@
 """What fine-tuning and healing do to linguistic knowledge.
 
-Knowledge is what a layer's probe reads: its accuracy, with the untrained model's as a floor; beside
-it *selectivity*, the accuracy minus that of the same probe on control labels, random per word type
-(Hewitt and Liang 2019, arXiv 1909.03368, section 2), and the online codelength (Voita and Titov
-2020, arXiv 2003.12298). A unit is averaged over corpora and columns. The same seed means the same
-sentences, inner split and control labels, so differences are paired.
+Knowledge is what a layer's probe reads: its accuracy; beside it *selectivity*, the accuracy minus
+that of the same probe on control labels, random per word type (Hewitt and Liang 2019, arXiv
+1909.03368, section 2), and the online codelength (Voita and Titov 2020, arXiv 2003.12298). A unit
+is averaged over corpora and columns; differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -23,13 +22,7 @@ from healing_utils.analysis.effects import (
     no_duplicates,
     t_interval,
 )
-from healing_utils.analysis.recovery import (
-    CORRELATIONS,
-    SIDES,
-    clean,
-    healing,
-    measures,
-)
+from healing_utils.analysis.recovery import CORRELATIONS, SIDES, clean, healing, measures
 from healing_utils.base.errors import HealingError, choose
 
 MEASURES = ("accuracy", "selectivity", "codelength")
@@ -44,11 +37,8 @@ def deeper_half(curves: pd.DataFrame) -> pd.Series:
 
 def above_chance(task_results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tasks whose fine-tuned (intact) score is above chance, the interval over seeds of score -
-    chance above zero, and those that learnt nothing; a row a model and task, with a `reason`.
-
-    Of classes it is the accuracy that is compared, with the majority label's: guesses have a higher
-    macro-F1 than the majority label, and no higher accuracy.
-    """
+    chance above zero, and those that learnt nothing; a row a model and task, with a `reason`. Of
+    classes the accuracy is compared: guesses have a higher macro-F1 than the majority label."""
     intact = task_results[task_results.state == "intact"].copy()
     if {"score_accuracy", "chance_accuracy"} <= set(intact):
         classes = ~intact.metric.isin(CORRELATIONS) & intact.score_accuracy.notna()
@@ -126,19 +116,13 @@ def kept_depth(probing: pd.DataFrame) -> pd.DataFrame:
 
 
 def healing_by_cell(
-    probing: pd.DataFrame,
-    task_results: pd.DataFrame,
-    kind: str = "reinit",
-    measure: str = "selectivity",
+    probing: pd.DataFrame, task_results: pd.DataFrame, kind="reinit", measure="selectivity"
 ) -> pd.DataFrame:
-    """Losses and healing of score and of knowledge, one row per corrupted setting and seed.
-
-    `task_loss` = intact - healed score; `knowledge_loss` and `knowledge_healing` are of the
-    `measure` (`MEASURES`) averaged over the corrupted layers (hidden states `layers` + 1), corpora
-    and columns, and `knew`, `broke`, `knows` that measure intact, broken and healed;
-    `knowledge_loss_all` is over every layer; `cka` the similarity of healed to intact. What cannot
-    be computed is NaN and `reason` says why.
-    """
+    """Losses and healing of score and of knowledge, one row per corrupted setting and seed:
+    `task_loss` = intact - healed score; `knowledge_loss` and `knowledge_healing` of the `measure`
+    (`MEASURES`) averaged over the corrupted layers, corpora and columns, of which `knew`, `broke`
+    and `knows` are intact, broken and healed; `knowledge_loss_all` over every layer; `cka`, healed
+    to intact. What cannot be computed is NaN and `reason` says why."""
     choose(measure, MEASURES, "measure of knowledge")
     table, scores = checked(probing), clean(task_results)
     corrupted = table.state.isin(["broken", "healed"]) & (table.kind == kind)

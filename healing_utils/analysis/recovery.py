@@ -34,13 +34,11 @@ def clean(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def measures(results: pd.DataFrame) -> pd.DataFrame:
-    """Damage and recovery of every corrupted cell, one row per setting and seed.
-
-    `results` is the baseline, corruption and recovery tables put together. Beside `intact`,
-    `broken`, `healed`, `scratch` and `chance` of the same model, task and seed stand `retained` =
-    healed / intact, `retained_above_chance` = (healed - chance) / (intact - chance), and `healing`.
-    What cannot be computed is NaN and `reason` says why. Raises HealingError on duplicate cells,
-    and on a task scored by two metrics.
+    """Damage and recovery of every corrupted cell, one row per setting and seed, of the baseline,
+    corruption and recovery tables put together: beside `intact`, `broken`, `healed`, `scratch` and
+    `chance` of the same model, task and seed, `retained` = healed / intact, `retained_above_chance`
+    = (healed - chance) / (intact - chance), and `healing`. What cannot be computed is NaN and
+    `reason` says why. Raises HealingError on duplicate cells, and on a task scored by two metrics.
     """
     one_metric(results)
     table = clean(results)
@@ -106,8 +104,7 @@ def _reason(row, no_healing: str) -> str:
 
 
 def summary(
-    measured: pd.DataFrame,
-    columns: Sequence[str] = ("intact", "broken", "healed", "retained", "healing"),
+    measured: pd.DataFrame, columns=("intact", "broken", "healed", "retained", "healing")
 ) -> pd.DataFrame:
     """Means and t-intervals over seeds of `measures`, one row per setting: `NAME`, `NAME_low` and
     `NAME_high` of the seeds that have a value; `n` counts the seeds, `reason` gathers the rows'

@@ -138,12 +138,9 @@ def missing_cells(run: str | Path, stage: str) -> list[str]:
 
 
 def load_results(run: str | Path, stage: str) -> pd.DataFrame:
-    """The finished cells of a stage of a run: one row a cell, with at least ``model task side level
-    kind seed metric score score_f1 score_accuracy``; `COLUMNS` has all names.
-
-    Of ``probing`` it is one row a cell and layer (0 is the embeddings); `load_neurons` has what
-    ``neurons`` found besides. Raises HealingError for an unknown stage and one without records.
-    """
+    """The finished cells of a stage of a run, one row a cell with the names of `COLUMNS`; of
+    ``probing`` one a cell and layer (0 is the embeddings). `load_neurons` has what ``neurons``
+    found besides. Raises HealingError for an unknown stage and one without records."""
     choose(stage, STAGES, "stage")
     folder = run_folder(run)
     if not folder.is_dir():

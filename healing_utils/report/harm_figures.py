@@ -43,18 +43,17 @@ def vulnerability_map(table: pd.DataFrame):
 
 
 @captioned(plots.LAYER)
-def harm_similarity(similarity: pd.DataFrame, measure: str = "cka"):
+def harm_similarity(similarity: pd.DataFrame):
     """Similarity of each layer's output to the intact model's on the same sentences by kind of harm
     with its strength, before any healing; 1 is the same arrangement of tokens. Blank: outputs not
     finite, or the same for every token. Sorted by the mean."""
-    rows = plots.usable(similarity[similarity["measure"] == measure], "similarity")
+    rows = plots.usable(similarity[similarity["measure"] == "cka"], "similarity")
     # Where outputs are not finite, nothing is the same.
     grid = rows.pivot_table(index="harm", columns="layer", values="similarity").fillna(0)
     order = rows["harm"].map(grid.mean(axis=1)).sort_values(ascending=False, kind="stable").index
     places = list(map(plots.place, rows["side"], rows["level"]))
     rows = rows.assign(harm=rows["harm"].map(harm_name), panel=places).loc[order]
-    label = f"{measure.replace('cka', 'linear CKA')} to intact"
-    figure, _ = plots.heat_maps(rows, "harm", "layer", "similarity", label)
+    figure, _ = plots.heat_maps(rows, "harm", "layer", "similarity", "linear CKA to intact")
     figure.note = plots.seeds(rows.groupby("harm")["seed"].nunique())
     return figure, rows.drop(columns="kind")
 
@@ -139,7 +138,7 @@ def _mark_shares(axis: Axes) -> None:
     for share, side in zip(SHARES, ("top", "center", "bottom"), strict=True):
         axis.axhline(share, color=GREY, lw=0.8, ls=":", zorder=1)
         beside = {"transform": axis.get_yaxis_transform(), "va": side, "color": GREY}
-        axis.text(1.01, share, f"{share:.0%}".replace("%", " %"), **beside)
+        axis.text(1.01, share, f"{100 * share:.0f} %", **beside)
 
 
 @captioned("fine-tuning step", "share of intact score")
@@ -217,7 +216,7 @@ def needed_figure(table: pd.DataFrame):
             look = {"marker": r"$\rightarrow$", "color": row.color, "transform": beyond}
             axis.plot([row.needs], [row.at], ls="", **look)
     for share, marker in zip(SHARES, "osD", strict=True):
-        plots.key(figure, f"{share:.0%}".replace("%", " %"), marker=marker, ls="")
+        plots.key(figure, f"{100 * share:.0f} %", marker=marker, ls="")
     said = table.groupby(["panel", "where"], sort=False)["needed"].agg(", ".join)
     figure.said = "; ".join(f"{', '.join(names)}: {needed}" for names, needed in said.items())
     figure.measure = "fine-tuning steps" if "epochs" in table else "labelled examples"

@@ -18,12 +18,12 @@ def share(level: float) -> str:
     return str(as_fraction(level))
 
 
-def show_table(frame: pd.DataFrame, caption: str = "", digits: int = 3) -> None:
+def show_table(frame: pd.DataFrame, caption: str = "") -> None:
     """Display a table with a caption; missing values are a dash, levels are fractions."""
     from IPython.display import display
 
     def text(value: Any) -> str:
-        shown = f"{value:z.{digits}f}" if isinstance(value, float) else str(value)
+        shown = f"{value:z.3f}" if isinstance(value, float) else str(value)
         return "–" if shown in ("nan", "None") else shown
 
     shown = frame.assign(level=frame["level"].map(share)) if "level" in frame else frame

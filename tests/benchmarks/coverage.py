@@ -3,11 +3,11 @@
     make coverage                # some minutes; prints a table
     make coverage ARGS=--write   # keeps it in data/results/coverage.json too, for a notebook
 
-A study has three tasks of unequal spread, whose effects correlate within a seed, as what shares a
-corruption's draw, a head and an order of batches does. The ledger's builder decides a claim on it.
-With the effect exactly at the margin, a 95 % interval covers it in 95 of 100 studies, and a claim
-is said to hold in at most 5; what comes on top is the simulation's own error (of 1,000 studies,
-0.7 points at one standard error). Effects are normal: of skewed ones no three seeds know the mean.
+A study has three tasks of unequal spread, whose effects correlate within a seed. The ledger's
+builder decides a claim on it. With the effect exactly at the margin, a 95 % interval covers it in
+95 of 100 studies, and a claim is said to hold in at most 5; what comes on top is the simulation's
+own error (of 1,000 studies, 0.7 points at one standard error). Effects are normal: of skewed ones
+no three seeds know the mean.
 """
 
 import json
@@ -59,7 +59,7 @@ def verdicts(effects: np.ndarray, direction: str) -> pd.DataFrame:
 
 def simulate(studies: int = STUDIES, powered: int = POWERED, seed: int = 0) -> dict[str, Any]:
     """Shares of studies: for each number of seeds, intervals that cover the effect, by a seed's
-    mean and by pairs of task and seed, and claims at the margin that are said to hold; and for six
+    mean and by pairs of task and seed, and claims at the margin that are said to hold; and of six
     seeds claims that hold of effects 1, 2 and 3 standard deviations into it."""
     rng, rows, power = np.random.default_rng(seed), [], []
     for seeds in SEEDS:
@@ -85,19 +85,14 @@ def simulate(studies: int = STUDIES, powered: int = POWERED, seed: int = 0) -> d
 
 
 def main() -> None:
-    from shared import table
-
     found = simulate()
-    shown = {"seed_means": "95 % interval covers", "pairs": "of (task, seed) pairs (not done)"}
-    shown |= {direction: f"*{direction}* holds at the margin" for direction in AT}
-    rows = [
-        [str(row["seeds"]), *(f"{row[name]:.1%}" for name in shown)]
-        for row in found["at_the_margin"]
-    ]
-    print(f"\nOf {STUDIES:,} studies each:\n\n{table(['seeds', *shown.values()], rows)}")
-    rows = [[str(row["size"]), *(f"{row[name]:.0%}" for name in AT)] for row in found["power"]]
-    head = ["standard deviations beyond the margin", *(f"*{name}* holds" for name in AT)]
-    print(f"Six seeds, of {POWERED} studies each:\n\n{table(head, rows)}")
+    print(
+        f"\nOf {STUDIES:,} studies each: intervals that cover by seed means and, not done, by pairs"
+    )
+    print("of task and seed; claims that hold at the margin:\n")
+    print(pd.DataFrame(found["at_the_margin"]).to_string(index=False, float_format="{:.1%}".format))
+    print(f"\nSix seeds, of {POWERED} studies each, by standard deviations beyond the margin:\n")
+    print(pd.DataFrame(found["power"]).to_string(index=False, float_format="{:.0%}".format))
     if "--write" in sys.argv:
         path = Path(__file__).parents[2] / "data" / "results" / "coverage.json"
         path.write_text(json.dumps(found, indent=1) + "\n")

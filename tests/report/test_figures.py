@@ -182,10 +182,9 @@ DRAWN = {
     "similarity": lambda: figures.similarity(similarities()),
     "learning": lambda: figures.learning_curves(curves()),
     "layers": lambda: pf.layer_curves(probing(LONG)),
-    "accuracy": lambda: pf.layer_curves(probing(), value="accuracy"),
     "healed": lambda: pf.healed_curves(probing(LONG)),
     "states": lambda: pf.state_heatmap(probing(LONG)),
-    "states, deep": lambda: pf.state_heatmap(probing(n=24)),
+    "states, deep": lambda: pf.state_heatmap(probing(n=24), value="accuracy"),
     "neurons": lambda: pf.neuron_histogram(minimal(("sst2", "rte", "cola", "stsb"))),
     "by neurons": lambda: pf.accuracy_by_neurons(curve(LONG)),
     "ablation": lambda: pf.ablation_curves(ablation(LONG)),
@@ -441,6 +440,8 @@ def test_the_heat_map_holds_every_mean_and_outlines_the_corrupted_layers():
                  for a, rows in ((1, (4, 5)), (4, (6, 7))))  # fmt: skip
     assert outlines == low | high
     assert "en_ewt · upos, rte, fine-tuned 0.37" in figure.alt
+    figure = pf.state_heatmap(probing().assign(selectivity=-0.001))
+    assert {t.get_text() for t in figure.axes[0].texts} == {"0.00"} and "-0.00" not in figure.alt
     deep = pf.state_heatmap(probing(n=24)).axes[0]
     assert not deep.texts and [t.get_text() for t in deep.get_xticklabels()][:2] == ["0", "3"]
 
@@ -485,11 +486,6 @@ def test_harm_is_drawn_from_the_tables_of_harm():
     broken = harms.query("state == 'broken'").retained
     assert sorted(x for x, mark in marks(axis) if mark == "x") == pytest.approx(sorted(broken))
     assert len(axis.get_yticks()) == harms.groupby(["harm", "level"]).ngroups
-
-
-def test_no_figure_writes_minus_nothing():
-    figure = pf.state_heatmap(probing().assign(selectivity=-0.001))
-    assert {t.get_text() for t in figure.axes[0].texts} == {"0.00"} and "-0.00" not in figure.alt
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders():
