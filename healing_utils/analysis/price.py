@@ -114,8 +114,9 @@ def ordered(priced: pd.DataFrame) -> pd.DataFrame:
     """`price` or `time_to_heal` in the order for people, each setting in words as `what`."""
     order = {"intact": 0, "healed": 1, "scratch": 2}
     by = ["model", "task", "state", "harm", "level", "side", "layers", "recipe", "share"]
-    state_first = {"key": lambda x: x.map(order) if x.name == "state" else x}
-    table = priced.sort_values(by, ignore_index=True, **state_first)
+    table = priced.sort_values(
+        by, key=lambda x: x.map(order) if x.name == "state" else x, ignore_index=True
+    )
     return table.assign(what=[setting_name(row) for _, row in table.iterrows()])
 
 
