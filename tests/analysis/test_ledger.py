@@ -125,7 +125,7 @@ def test_other_kinds_recipes_and_budgets_are_variants_beside_their_own_intact_mo
     rows += [row | longer | {"score": 0.9} for row in GRID]
     rows += [row | {"recipe": "drop", "scan": "aside", "score": 0.8} for row in GRID]
     rows += [row | {"kind": "noise", "strength": 0.5, "scan": "kinds"} for row in GRID[:2]]
-    found = verdicts(cells(*rows))
+    found = verdicts(cells(*rows), claims=["A1", "A3", "D", "H"])
     assert found.effect["A1", "reinit, 3 times the steps, 1/2"] == pytest.approx(0.05, abs=1e-3)
     assert found.verdict["A3", "reinit, 3 times the steps, 1/6"] == "fails"
     assert found.verdict["A3", "reinit, by drop, 1/2"] == "fails"
