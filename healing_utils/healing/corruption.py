@@ -1,9 +1,9 @@
 """Corrupt chosen layers of an encoder: exactly those, the same everywhere, and report it.
 
 Values are drawn per parameter, on the CPU in float32, from a generator seeded with the call's seed
-and the parameter's name inside the encoder. So a draw does not depend on the device, the precision,
-the head, the process, or on which other parameters are redrawn. (Between processors with and
-without fused multiply-add, torch's own draws can differ by rounding, seen up to 5e-8.)
+and the parameter's name inside the encoder. So a draw depends neither on device, precision, head
+and process nor on what else is redrawn. (Between processors with and without fused multiply-add
+torch's own draws can differ by rounding, seen up to 5e-8.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,11 @@ EXPONENT = 14  # the highest exponent bit of a bfloat16 value, whose 16 are coun
 
 def _kind(strength: str | None = None, **properties: Any) -> Callable[[Callable], Callable]:
     """Enter ``function(piece, generator, strength)``, which returns new values for the rows meant
-    and draws from `generator` alone, with the properties of `Kind`."""
+    and draws from `generator` alone."""
 
     def enter(draw: Callable) -> Callable:
-        summary = draw.__doc__.split("\n")[0]
-        KINDS[draw.__name__] = Kind(draw.__name__, draw, summary, strength, **properties)
+        name, summary = draw.__name__, draw.__doc__.split("\n")[0]
+        KINDS[name] = Kind(name, draw, summary, strength, **properties)
         return draw
 
     return enter
@@ -77,10 +77,7 @@ def reinit_sqrt5(piece: Piece, generator: Generator, _: None) -> Tensor:
 
 @_kind()
 def init(piece: Piece, generator: Generator, _: None) -> Tensor:
-    """The model's own initial values, as its architecture draws them before pre-training.
-
-    In most families that is a normal with the configuration's `initializer_range`, LayerNorms at 1
-    and biases at 0."""
+    """The model's own initial values, as its architecture draws them before pre-training."""
     values = torch.full(piece.parameter.shape, math.nan, dtype=torch.float32, device="cpu")
     # On the meta device nothing is drawn for the layer's other parameters. New Parameter objects
     # also lack the mark by which transformers skips loaded weights.
@@ -141,26 +138,26 @@ def sign_flip(piece: Piece, generator: Generator, strength: float) -> Tensor:
 @_kind("probability that a bit flips, each of a value's 32", allowed=(0.0, 1.0))
 def bits_float32(piece: Piece, generator: Generator, strength: float) -> Tensor:
     """Random bit flips in the float32 representation, as faulty memory does."""
-    return _flip_bits(piece.values, torch.int32, strength, generator)
+    return _flip_bits(piece.values, range(32), strength, generator)
 
 
 @_kind("probability that a bit flips, each of a value's 16", allowed=(0.0, 1.0))
 def bits_bfloat16(piece: Piece, generator: Generator, strength: float) -> Tensor:
     """Random bit flips in the bfloat16 representation: values are rounded to it, then flipped."""
-    return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator).float()
+    return _flip_bits(piece.values.bfloat16(), range(16), strength, generator)
 
 
 @_kind("probability that it flips, of each value", allowed=(0.0, 1.0))
 def bits_exponent(piece: Piece, generator: Generator, strength: float) -> Tensor:
     """Random flips of the highest exponent bit in the bfloat16 representation alone."""
-    return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator, [EXPONENT]).float()
+    return _flip_bits(piece.values.bfloat16(), [EXPONENT], strength, generator)
 
 
 @_kind("probability that a bit flips, each of a value's other 15", allowed=(0.0, 1.0))
 def bits_other(piece: Piece, generator: Generator, strength: float) -> Tensor:
     """Random bit flips in the bfloat16 representation, the highest exponent bit spared."""
     other = [bit for bit in range(16) if bit != EXPONENT]
-    return _flip_bits(piece.values.bfloat16(), torch.int16, strength, generator, other).float()
+    return _flip_bits(piece.values.bfloat16(), other, strength, generator)
 
 
 @_kind("features of each normalisation", allowed=(1, 4096), only="normalisations")
@@ -207,25 +204,20 @@ def _chosen(values: Tensor, probability: float, generator: Generator) -> Tensor:
     return drawn < probability
 
 
-def _flip_bits(
-    values: Tensor, whole: torch.dtype, rate: float, generator: Generator,
-    which: Sequence[int] | None = None,
-) -> Tensor:  # fmt: skip
-    """Each bit of every value, or `which` of them (0 is the lowest), flipped with probability
-    `rate`; `whole` is an integer as wide."""
-    bits = 8 * values.itemsize
+def _flip_bits(values: Tensor, bits: Iterable[int], rate: float, generator: Generator) -> Tensor:
+    """Each of `bits` (0 is the lowest) of every value flipped with probability `rate`."""
+    whole = torch.int16 if values.itemsize == 2 else torch.int32
     mask = torch.zeros(values.shape, dtype=torch.int64, device="cpu")
-    for bit in range(bits) if which is None else which:
+    for bit in bits:
         mask |= _chosen(values, rate, generator).long() << bit
-    mask = torch.where(mask >= 1 << bits - 1, mask - (1 << bits), mask)  # as a signed number
-    return (values.contiguous().view(whole) ^ mask.to(whole)).view(values.dtype)
+    return (values.contiguous().view(whole) ^ mask.to(whole)).view(values.dtype).float()
 
 
 @dataclass(frozen=True)
 class CorruptionReport:
-    """What `corrupt` did. `tensors` has a row a parameter, or the rows of it that were meant, with
-    the `elements` that were put through the kind and how many values are `not_finite` now; the
-    change is relative to the norm. Figures that are not finite are missing."""
+    """What `corrupt` did. `tensors` has a row a parameter, or the rows of it that were meant: the
+    `elements` put through the kind, the change relative to the norm, the values `not_finite` now.
+    Figures that are not finite are missing."""
 
     kind: str
     layers: tuple[int, ...]
@@ -285,13 +277,11 @@ def corrupt(
     elif rule.only:
         planned = [p for p in planned if p.role == "layernorm"]
     if not planned:
-        where = f"{type(model).__name__} has no {part}" + (f" in layers {chosen}" if chosen else "")
-        spared = f" that kind {kind!r} changes: it is for {rule.only}" if rule.only else ""
-        raise HealingError(where + spared)
+        raise HealingError(f"{type(model).__name__} has no {part} that kind {kind!r} changes")
     for piece in planned:
-        parameter = piece.parameter
-        if parameter.is_meta or not parameter.is_floating_point():
-            place = "on the meta device" if parameter.is_meta else f"stored as {parameter.dtype}"
+        held = piece.parameter
+        if held.is_meta or not held.is_floating_point():
+            place = f"stored as {held.dtype} on device {held.device}"
             raise HealingError(f"{piece.name} is {place}: load the model whole, not quantised")
     # All is drawn before any is written: a kind that refuses one parameter leaves the model whole.
     values = [rule.draw(piece, _generator(seed, piece.name), strength) for piece in planned]
@@ -324,13 +314,15 @@ def _clean_strength(rule: Kind, strength: Any) -> float | None:
     try:
         value = float(strength)
     except (TypeError, ValueError):
-        raise HealingError(f"kind {rule.name!r} needs a strength: {rule.strength}") from None
+        value = math.nan
     low, high = rule.allowed
     whole = isinstance(low, int)
-    if not low <= value <= high or math.isinf(value) or whole and value % 1:
-        allowed = "a whole number " if whole else ""
-        allowed += f"from {low:g} " + ("up" if math.isinf(high) else f"to {high:g}")
-        raise HealingError(f"strength {value:g} of {rule.name} must be {allowed}: {rule.strength}")
+    if not low <= value <= high or math.isinf(value) or (whole and value % 1):
+        allowed = f"{'a whole number ' if whole else ''}from {low:g} "
+        allowed += "up" if math.isinf(high) else f"to {high:g}"
+        raise HealingError(
+            f"kind {rule.name!r} needs a strength {allowed}, and not {strength}: {rule.strength}"
+        )
     return value
 
 

@@ -50,14 +50,13 @@ _WORDS = {
 }
 # Fused projections whose rows are known to be all of query, then all of key, then all of value.
 # Others (GPT-NeoX, DeBERTa of 2020) interleave the three head by head and look the same outside.
-_THIRDS = re.compile(r"(wqkv|in_proj_weight|in_proj_bias)$")
+_THIRDS = re.compile(r"(Wqkv\.weight|Wqkv\.bias|in_proj_weight|in_proj_bias)$")
 
 
 @dataclass(frozen=True)
 class Piece:
     """A parameter, or some `rows` (first axis) of it, by its `path` in `module`: a layer of `model`
-    or, `layer` then being -1, what stands beside the layers. The `name` does not depend on the
-    head: ``layer.0.attention.self.query.weight``."""
+    or, with `layer` -1, what stands beside them. The `name` does not depend on the head."""
 
     name: str
     role: str
@@ -87,8 +86,8 @@ def encoder_layers(model: nn.Module) -> list[nn.Module]:
 
     A layer has a child that holds query, key and value projections (or one fused projection), and
     at least two weight matrices outside of it. Raises HealingError where not exactly one
-    `ModuleList` consists of layers, where layers share weights (ALBERT), where the role of a
-    parameter cannot be told, and where tokens see only those before them (a decoder)."""
+    `ModuleList` consists of layers, where they share weights (ALBERT), where a parameter's role
+    cannot be told, and for a decoder, whose tokens see only those before them."""
     return list(layer_stack(model))
 
 
@@ -102,27 +101,19 @@ def layer_stack(model: nn.Module) -> nn.ModuleList:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_layer, module))
     }
-    found = sum(map(len, stacks.values()))
     configs = (getattr(module, "config", None) for module in model.modules())
     config = next((c for c in configs if hasattr(c, "num_hidden_layers")), None)
-    planned = getattr(config, "num_hidden_layers", found)
-    alone = "layers that share weights, as in ALBERT, cannot be corrupted one without the other"
     if not stacks:
-        raise HealingError(
-            f"{kind} has no stack of encoder layers: no ModuleList whose every member holds query, "
-            "key and value projections and a feed-forward block"
-        )
-    if found < planned:
-        raise HealingError(f"{kind} runs {planned} layers on the weights of {found}: {alone}")
+        wanted = "a ModuleList of blocks with query, key, value and a feed-forward part"
+        raise HealingError(f"{kind} has no stack of encoder layers: {wanted}")
     if len(stacks) > 1:
         raise HealingError(f"{kind} has several stacks, not one encoder: {', '.join(stacks)}")
     (stack,) = stacks.values()
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    for shared in (names[parameter] for parameter in stack.parameters()):
-        if len(shared) > 1:
-            raise HealingError(f"{kind} has one parameter as {' and '.join(shared[:2])}: {alone}")
+    own = [parameter for layer in stack for parameter in layer.parameters()]
+    if len(stack) < getattr(config, "num_hidden_layers", 0) or len(set(own)) < len(own):
+        raise HealingError(
+            f"{kind} has layers that share weights, as in ALBERT: none can be corrupted alone"
+        )
     for layer in stack:
         _roles(layer)
     said = [m.is_causal for m in stack.modules() if hasattr(m, "is_causal")]
@@ -137,9 +128,8 @@ def pieces(model: nn.Module, part: str = "all", layers: Iterable[int] | None = N
     """What `part`, of `PARTS` or `OUTER_PARTS`, stands for in `layers`, or in all of them; nothing
     where the model lacks it.
 
-    Of a fused query, key and value, asking for one gives the rows; HealingError where their layout
-    is not known. ``embeddings`` are the modules beside the stack that turn ids into the first
-    layer's input: tables, their normalisation, ELECTRA's projection."""
+    Of a fused query, key and value, one gives its rows; HealingError where the layout is not known.
+    ``embeddings`` are all that turns ids into the first layer's input."""
     stack, found = layer_stack(model), []
     if choose(part, (*PARTS, *OUTER_PARTS), "part") in OUTER_PARTS:
         for name, module in _outer_modules(model, stack, part):
@@ -153,7 +143,7 @@ def pieces(model: nn.Module, part: str = "all", layers: Iterable[int] | None = N
             if role in PARTS[part]:
                 found.append(piece)
             elif role == "qkv" and part in _QKV:
-                if not _THIRDS.search(_last_word(path)):
+                if not _THIRDS.search(path):
                     raise HealingError(f"{path!r} cannot be divided: use part 'attention'")
                 size = piece.parameter.shape[0] // 3
                 start = _QKV.index(part) * size
@@ -224,27 +214,20 @@ def _is_norm(module: nn.Module, name: str) -> bool:
     return "norm" in type(owner).__name__.lower()
 
 
-def _last_word(name: str) -> str:
-    """`attention.self.query.weight` -> `query`; the raw parameter `rel_attn.q` -> `q`."""
-    words = name.lower().split(".")
-    return words[-2] if words[-1] in ("weight", "bias") and len(words) > 1 else words[-1]
-
-
 def _attention_role(name: str) -> str | None:
-    word = _last_word(name)
+    """By the last word: `query` of ``attention.self.query.weight``, `q` of ``rel_attn.q``."""
+    word = re.sub(r"\.(weight|bias)$", "", name.lower()).rpartition(".")[2]
     return next((role for role, pattern in _WORDS.items() if pattern.match(word)), None)
 
 
 def parse_seed(value: Any) -> int:
     """A seed, of its text too: a whole number that torch takes."""
-    digits = isinstance(value, str) and value.isdecimal() and len(value) <= 20
     try:
-        seed = int(value) if digits else operator.index(value)
-    except TypeError:
+        seed = int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
         seed = -1
     if isinstance(value, bool) or not 0 <= seed < 2**64:
-        got = "larger" if seed > 0 else f"{value!r:.40}"
-        raise HealingError(f"seed is not a whole number from 0 to 2^64 - 1, but {got}")
+        raise HealingError("seed is not a whole number from 0 to 2^64 - 1")
     return seed
 
 
@@ -265,12 +248,10 @@ def parse_layers(value: Any) -> tuple[int, ...] | None:
     """Layer indices, sorted and distinct, or None where none are named, of an int, several, or the
     text of one of these ("[0,2]", "0,2", "3", "none")."""
     try:
-        found = value
-        if isinstance(value, str):
-            empty = value.strip().lower() in ("", "none", "null")
-            found = None if empty else ast.literal_eval(value.strip())
-        if found is None:
+        found = value.strip() if isinstance(value, str) else value
+        if found is None or (isinstance(found, str) and found.lower() in ("", "none", "null")):
             return None
+        found = ast.literal_eval(found) if isinstance(found, str) else found
         found = list(found) if isinstance(found, Iterable) else [found]
         if any(isinstance(index, bool) for index in found):
             raise TypeError
@@ -278,10 +259,8 @@ def parse_layers(value: Any) -> tuple[int, ...] | None:
     except (TypeError, ValueError, SyntaxError):
         message = f"layers {value!r:.60} is not a list of whole numbers such as [0, 2]"
         raise HealingError(message) from None
-    if not indices:
-        raise HealingError("layers is an empty list: name at least one layer, or leave it out")
-    if len(set(indices)) < len(indices):
-        raise HealingError(f"layers {value!r} names a layer twice")
+    if not indices or len(set(indices)) < len(indices):
+        raise HealingError(f"layers {value!r} names no layer or one twice")
     return tuple(indices)
 
 
@@ -291,10 +270,10 @@ def resolve_layers(
 ) -> tuple[int, ...]:  # fmt: skip
     """The 0-based indices, ascending, of the layers that a plan stands for.
 
-    `level` of `n_layers` is rounded half up to whole layers (a quarter of 6 is 2), counted from the
-    input (`bottom`) or from the output (`top`). `layers` overrides both. `random` draws as many
-    from `seed`, about half of them from each side and never the bottom or the top ones;
-    `scattered` means all. Raises HealingError for a level of no layer and layers out of range."""
+    `level` of `n_layers` is rounded half up (a quarter of 6 is 2), counted from the input
+    (`bottom`) or the output (`top`); `layers` overrides both. `random` draws as many from `seed`,
+    half of them on each side and never the bottom or the top ones; `scattered` means all. Raises
+    HealingError for a level of no layer and layers out of range."""
     named = parse_layers(layers)
     if named is not None:
         if wrong := [index for index in named if not 0 <= index < n_layers]:

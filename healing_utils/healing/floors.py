@@ -20,9 +20,9 @@ GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def tfidf(train: Split, validation: Split, test: Split, classes: int) -> dict[str, Any]:
-    """The floor of the words: scikit-learn's `TfidfVectorizer` as it comes, pairs joined by a
-    space. Returns `scores` on `test` as `training.score` gives them, the penalty's `weight` (one of
-    `GRID`) and `held_out`, its score there; `classes` is 1 for a regression."""
+    """The floor of the words, pairs joined by a space. Returns `scores` on `test` as
+    `training.score` gives them, the penalty's `weight` (one of `GRID`) and its score `held_out`;
+    `classes` is 1 for a regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     splits, vectorizer = (train, validation, test), TfidfVectorizer()
@@ -57,7 +57,7 @@ def static_means(
     tokenizer: Any, table: np.ndarray, max_length: int
 ) -> Callable[[Sequence[str]], np.ndarray]:
     """A function of texts: the mean of the rows of `table` (vocabulary, width) over each one's
-    tokens, special ones left out, 0 where there is none: (texts, width) in float64."""
+    own tokens, 0 where there is none: (texts, width) in float64."""
     cut = {"add_special_tokens": False, "truncation": True, "max_length": max_length}
 
     def means(texts: Sequence[str]) -> np.ndarray:
@@ -77,7 +77,7 @@ def _best(parts: Sequence[Any], splits: Sequence[Split], classes: int) -> dict[s
     regression, eye = classes == 1, np.eye(classes)
     metric, kind = ("spearman", np.float64) if regression else ("f1", np.int64)
     labels = [np.asarray(split.labels, dtype=kind) for split in splits]
-    best: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
     for weight in GRID:
         if regression:
             model = Ridge(alpha=1 / weight)
@@ -91,6 +91,5 @@ def _best(parts: Sequence[Any], splits: Sequence[Split], classes: int) -> dict[s
         said = map(model.predict, parts[1:])  # which `score` takes as (examples, classes)
         logits = [x[:, None] if regression else eye[x] for x in said]
         held_out, scores = map(score, logits, labels[1:])
-        if not best or held_out[metric] > best["held_out"]:
-            best = {"scores": scores, "weight": weight, "held_out": held_out[metric]}
-    return best
+        found.append({"scores": scores, "weight": weight, "held_out": held_out[metric]})
+    return max(found, key=lambda floor: floor["held_out"])  # the first of those that tie

@@ -30,9 +30,9 @@ def layer_similarity(
     """Similarity of two models' hidden states over all real tokens of `data`; `intact` may be what
     `layer_states` gives for it.
 
-    Returns ``cosine`` (mean over tokens), ``cka`` (linear centred kernel alignment, Kornblith et
-    al. 2019, section 3) and ``stream`` (`passing_stream` of `other`), each with one value a layer,
-    embeddings first: (layers + 1,). Values that are not finite come out as NaN."""
+    Returns ``cosine``, ``cka`` (linear centred kernel alignment, Kornblith et al. 2019, section 3)
+    and ``stream`` (`passing_stream` of `other`), each (layers + 1,), embeddings first. Values that
+    are not finite come out as NaN."""
     if isinstance(intact, nn.Module):
         intact = layer_states(intact, data)
     found = []

@@ -3,9 +3,9 @@
     make growth
 
 Every point is measured in a process of its own, whose peak memory is the system's count of its
-resident pages; one process at a time. Models have random weights: neither time nor memory hangs on
-the values. Writes ``growth.json`` beside this file and ``figures/growth.png``, which ``make growth
-ARGS=--draw`` draws again.
+resident pages. Models have random weights: neither time nor memory hangs on the values. Writes
+``growth.json`` beside this file and ``figures/growth.png``, which ``make growth ARGS=--draw`` draws
+again.
 """
 
 import json
@@ -13,7 +13,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,12 @@ def bert(layers: int, hidden: int, heads: int) -> Any:
     return BertForSequenceClassification(config)
 
 
-def seconds_a_step(length: int, shape: dict[str, int], train: Callable) -> dict[str, float]:
-    """Train, with the optimizer's steps as the clock; the first two are left out."""
+def measure_training(length: int, peer: bool = False, **shape: int) -> dict[str, float]:
+    """Seconds a step of `fine_tune` in float32, or of Trainer, with the optimizer's steps as the
+    clock; the first two are left out."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from healing_utils.healing.training import Encoded
+    from healing_utils.healing.training import Encoded, fine_tune
 
     model, rng, steps = bert(**shape), np.random.default_rng(0), []
     ids = rng.integers(5, 3000, (BATCH * STEPS, length)).tolist()
@@ -59,27 +59,16 @@ def seconds_a_step(length: int, shape: dict[str, int], train: Callable) -> dict[
     # Counted before a shortcut takes anything away.
     size = sum(p.numel() for p in model.base_model.encoder.parameters())
     register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
-    train(model, data)
+    if peer:
+        trainer(model, data, num_train_epochs=1, use_cpu=True).train()
+    else:
+        fine_tune(model, data, epochs=1, progress=False, precision="float32", device="cpu")
     return {"parameters": size / 1e6, "seconds": float(np.median(np.diff(steps)[1:]))}
 
 
-def measure_training(length: int, **shape: int) -> dict[str, float]:
-    """Seconds a step of `fine_tune`, float32."""
-    from healing_utils.healing.training import fine_tune
-
-    how = {"epochs": 1, "progress": False, "precision": "float32", "device": "cpu"}
-    return seconds_a_step(length, shape, lambda model, data: fine_tune(model, data, **how))
-
-
-def measure_trainer(length: int, **shape: int) -> dict[str, float]:
-    """The same of Trainer."""
-    how = {"num_train_epochs": 1, "use_cpu": True}
-    return seconds_a_step(length, shape, lambda *given: trainer(*given, **how).train())
-
-
 def measure_cells(seeds: int) -> dict[str, float]:
-    """Plan the organism's study for so many seeds and look all its records up, as a run does that
-    has nothing left to compute. The records' contents are made up, of a usual size."""
+    """Plan the organism's study for so many seeds and look all its records up, whose contents are
+    made up, of a usual size."""
     from healing_utils.run.profiles import settle
     from healing_utils.study.cells import STAGES
     from healing_utils.study.study import Study
@@ -144,8 +133,9 @@ def measure_neurons(layers: int, hidden: int, words: int) -> dict[str, float]:
 
 MEASURES = {
     "neurons": measure_neurons, "cells": measure_cells, "size": measure_training,
-    "length": measure_training, "words": measure_words, "trainer": measure_trainer,
+    "length": measure_training, "words": measure_words,
 }  # fmt: skip
+PEERS = ("size", "length")  # which are measured of Trainer too
 
 
 def point(measure: str, given: str) -> dict[str, Any]:
@@ -153,9 +143,11 @@ def point(measure: str, given: str) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(THREADS)
-    found = MEASURES[measure](**json.loads(given))
+    values = json.loads(given)
+    found = MEASURES[measure](**values)
+    values.pop("peer", None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {**json.loads(given), **found, "gigabytes": peak}
+    return {**values, **found, "gigabytes": peak}
 
 
 def draw(result: dict[str, Any]) -> Any:
@@ -199,11 +191,11 @@ def main() -> None:
     if given != ["--draw"]:
         result: dict[str, Any] = {**machine(), "points": {}, "peers": {}}
         for what, points in POINTS.items():
-            asked = [json.dumps(values) for values in points]
-            result["points"][what] = [apart(__file__, what, values) for values in asked]
-            if what in ("size", "length"):
-                result["peers"][what] = [apart(__file__, "trainer", values) for values in asked]
-            print(what, *result["points"][what], sep="\n", flush=True)
+            runs = {"points": {}, "peers": {"peer": True}} if what in PEERS else {"points": {}}
+            for kind, more in runs.items():
+                asked = [json.dumps(values | more) for values in points]
+                result[kind][what] = [apart(__file__, what, values) for values in asked]
+                print(kind, what, *result[kind][what], sep="\n", flush=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
     figure = draw(json.loads(path.read_text()))
     figure.savefig(HERE.parents[1] / "figures" / "growth.png", dpi=200)
