@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, HEADS, LAYERS, OTHERS, WIDTH, tiny_batch, tiny_model
+from families import FAMILIES, HEADS, LAYERS, OTHERS, tiny_batch, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,9 +95,7 @@ def small(family, **given):
     return hf.AutoModel.from_config(getattr(hf, f"{family}Config")(**sizes))
 
 
-_SIDES = ("encoder", "decoder")
-BART = {f"{s}_{n}": v for s in _SIDES for n, v in (("ffn_dim", 24), ("layers", 2))}
-BART |= {f"{side}_attention_heads": 2 for side in _SIDES} | {"d_model": 16}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 CROSS = {"is_decoder": True, "add_cross_attention": True}
 
 
@@ -106,10 +104,10 @@ CROSS = {"is_decoder": True, "add_cross_attention": True}
     [
         *((lambda h=h: tiny_model("albert", h), "share weights, as in ALBERT") for h in HEADS),
         (lambda: torch.nn.Sequential(tiny_model("albert")), "share weights"),
-        (lambda: tied(tiny_model("bert")), r"layer\.0\.intermediate.*layer\.2\.intermediate"),
+        (lambda: tied(tiny_model("bert")), "share weights"),
         (lambda: torch.nn.Linear(3, 3), "no stack of encoder layers"),
         (lambda: "bert-base-uncased", "expected a torch model, got str"),
-        (lambda: small("Bart", **BART), r"several stacks.*encoder\.layers.*decoder\.layers"),
+        (lambda: small("T5", **T5), r"several stacks.*encoder\.block.*decoder\.block"),
         (lambda: small("GPT2", n_embd=16, n_layer=2, n_head=2), "GPT2Model has no stack"),
         (lambda: small("Bert", **CROSS), "cross-attention"),
         (lambda: with_gadget(tiny_model("bert")), r"cannot tell.*attention\.self\.gadget\.weight"),
@@ -156,8 +154,8 @@ def test_parts_hold_what_the_architecture_says_and_make_up_a_layer(family):
         assert sorted(piece.path for piece in whole) == sorted(thirds) == own
         assert all(("bias" in piece.path) == piece.is_bias for piece in whole)
         assert {piece.role for piece in whole} <= set(PARTS["all"])
-        output = next(p for p in pieces(model, "attention_output", [index]) if not p.is_bias)
-        assert output.values.numel() == WIDTH * WIDTH
+    with pytest.raises(HealingError, match="Did you mean 'feed_forward'"):
+        pieces(model, "feedforward")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,14 +178,6 @@ def test_silencing_value_or_output_makes_query_and_key_irrelevant(family, silenc
     assert (output(silenced, None) - output(None, None)).abs().max() > 1e-3
 
 
-def test_fused_projection_is_sliced_where_its_layout_is_known():
-    model = tiny_model("modernbert")
-    rows = [pieces(model, part, [0])[0].rows for part in ("query", "key", "value")]
-    assert rows == [slice(0, 16), slice(16, 32), slice(32, 48)]
-    with pytest.raises(HealingError, match="Did you mean 'feed_forward'"):
-        pieces(model, "feedforward")
-
-
 @pytest.mark.parametrize(
     ("n_layers", "level", "count"),
     [
@@ -201,13 +191,11 @@ def test_levels_round_half_up_to_whole_layers(n_layers, level, count):
     assert resolve_layers(n_layers, "top", level) == tuple(range(n_layers - count, n_layers))
 
 
-def test_random_layers_are_as_many_and_drawn_by_the_seed():
-    drawn = {seed: resolve_layers(12, "random", "1/2", seed=seed) for seed in range(40)}
-    assert all(len(set(layers)) == 6 for layers in drawn.values())
-    assert len(set(drawn.values())) > 30
-    counts = [sum(layer in layers for layers in drawn.values()) for layer in range(12)]
+def test_random_layers_are_drawn_by_the_seed():
+    drawn = [resolve_layers(12, "random", "1/2", seed=seed) for seed in range(40)]
+    assert len(set(drawn)) > 30 and resolve_layers(12, "random", "1/2", seed=3) == drawn[3]
+    counts = [sum(layer in layers for layers in drawn) for layer in range(12)]
     assert 8 < min(counts) and max(counts) < 32  # 20 expected, four standard errors are 12.6
-    assert resolve_layers(12, "random", "1/2", seed=3) == drawn[3]
     with pytest.raises(HealingError, match="of 2 layers any 1 is the bottom or the top one"):
         resolve_layers(2, "random", "1/2")
 
@@ -253,8 +241,7 @@ def test_named_layers_override_side_and_level(given_layers, expected):
         ({"side": "botom"}, "Did you mean 'bottom'"),
         ({"layers": [6]}, "layer 6 does not exist: they are 0 to 5"),
         ({"layers": [-1]}, "layer -1 does not exist"),
-        ({"layers": [1, 1]}, "names a layer twice"),
-        *(({"layers": empty}, "empty") for empty in ([], "[]")),
+        *(({"layers": bad}, "names no layer or one twice") for bad in ([1, 1], [], "[]")),
         *(
             ({"layers": bad}, "whole numbers")
             for bad in ([1.0], [True], "[0, x]", "[[0]]", ["0"], 0.5)

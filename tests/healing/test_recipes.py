@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, LAYERS, OTHERS, tiny_batch
 from helpers import examples
-from test_training import QUIET, classifier
+from test_training import QUIET, classifier, identical, weights
 
 from healing_utils.base.errors import HealingError
 from healing_utils.healing import recipes, training
@@ -41,13 +41,9 @@ def healed(recipe, family="bert", model=None, **changes):
 
 
 def changed(before, model):
-    """Names of the parameters that differ, by whether they lie in a layer or where."""
-    after = dict(model.named_parameters())  # of dropped layers there is nothing left
+    """Names of the parameters that differ, of those that are still there."""
+    after = dict(model.named_parameters())
     return {n for n, p in before.items() if n in after and not torch.equal(p, after[n])}
-
-
-def snapshot(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def of_layers(model, layers):
@@ -75,35 +71,30 @@ CASES += [(family, pooled) for family in ("bert", "distilbert", "mpnet")]
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 @pytest.mark.parametrize(("family", "made"), CASES)
 def test_every_recipe_heals_every_family_under_either_head_or_refuses(family, made, recipe):
-    if recipe == "low_rank":
-        pytest.importorskip("peft")
     models = []
-    for _ in range(1 if (family, recipe) in REFUSED else 2):
+    for _ in range(2):
         model = made(family)
         corrupt(model, layers=BROKEN, seed=1)
-        before = snapshot(model)
+        before = weights(model)
         given = {"pristine": lambda: made(family), "teacher": made(family)}
         if message := REFUSED.get((family, recipe)):
             with pytest.raises(HealingError, match=message):
                 healed(recipe, family, model, **given)
             return
-        models.append(model)
         _, found = healed(recipe, family, model, **given)
+        models.append(weights(model))
+    assert identical(*models)
     if made is pooled:
         assert found.training.shortcut != "first token"
         assert {"classifier.weight", "classifier.bias"} <= changed(before, model)
     assert 0 < found.trained <= found.parameters
-    assert all(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad and torch.isfinite(p).all() for p in model.parameters())
     assert len(encoder_layers(model)) == (LAYERS - len(BROKEN) if recipe == "drop" else LAYERS)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-    logits = model.eval()(**tiny_batch()).logits
-    assert torch.isfinite(logits).all()
+    assert torch.isfinite(model.eval()(**tiny_batch()).logits).all()
     # The same tokens for all: 24 examples twice over, up to a step of a warm-up's rounding.
     tokens = found.training.tokens + (found.warm_up.tokens if found.warm_up else 0)
     whole = 2 * examples(family).tokens
     assert abs(tokens - whole) <= 8 * examples(family).lengths.max()
-    pairs = zip(*(m.parameters() for m in models), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -127,40 +118,32 @@ def test_layers_that_cannot_take_a_shortcut_heal_without_it(family):
 def test_what_is_frozen_stays_and_what_learns_moves(family):
     def moved(recipe):
         model = broken(family)
-        before = snapshot(model)
-        model, _ = healed(recipe, family, model)
-        return model, changed(before, model)
+        before = weights(model)
+        healed(recipe, family, model)
+        return changed(before, model)
 
-    model, only = moved("corrupted_only")
+    model = broken(family)
+    base, shapes = model.base_model_prefix, dict(model.named_parameters())
     sick, well = of_layers(model, BROKEN), of_layers(model, {2})
-    base = model.base_model_prefix
-    assert sick & only and not well & only
-    assert not {name for name in only if "embed" in name}
-    model, frozen = moved("corrupted_frozen")
-    assert not sick & frozen and well & frozen
-    assert any("embed" in name for name in frozen)
-    model, head = moved("head_only")
-    assert head and not head & of_layers(model, range(LAYERS))
+    only = moved("corrupted_only")
+    assert sick & only and not well & only and not any("embed" in name for name in only)
+    frozen = moved("corrupted_frozen")
+    assert not sick & frozen and well & frozen and any("embed" in name for name in frozen)
+    head = moved("head_only")
+    assert head and not head & (sick | well)
     assert all(not name.startswith(base + ".") or "pooler" in name for name in head)
-    model, light = moved("norms_and_biases")
-    inside = light & of_layers(model, range(LAYERS))
-    shapes = dict(model.named_parameters())
+    inside = moved("norms_and_biases") & (sick | well)
     assert inside and all(shapes[n].dim() == 1 or n.endswith("bias") for n in inside)
 
 
-def test_each_layer_learns_at_a_fraction_of_the_next_ones_rate(monkeypatch):
-    seen = {}
-
-    def caught(model, *given, rates, **named):
-        seen.update(rates)
-        return training.fine_tune(model, *given, rates=rates, **named)
-
-    monkeypatch.setattr(recipes, "fine_tune", caught)
-    healed("layerwise_decay")
-    assert seen["bert.encoder.layer.2.output.dense.weight"] == pytest.approx(0.8)
-    assert seen["bert.encoder.layer.0.output.dense.bias"] == pytest.approx(0.8**3)
-    assert seen["bert.embeddings.word_embeddings.weight"] == pytest.approx(0.8**4)
-    assert not any(name.startswith(("classifier", "bert.pooler")) for name in seen)
+def test_each_layer_learns_at_a_fraction_of_the_next_ones_rate():
+    patient = recipes.Patient(classifier(), BROKEN, 0)
+    RECIPES["layerwise_decay"].prepare(patient)
+    rates = patient.rates
+    assert rates["bert.encoder.layer.2.output.dense.weight"] == pytest.approx(0.8)
+    assert rates["bert.encoder.layer.0.output.dense.bias"] == pytest.approx(0.8**3)
+    assert rates["bert.embeddings.word_embeddings.weight"] == pytest.approx(0.8**4)
+    assert not any(name.startswith(("classifier", "bert.pooler")) for name in rates)
 
 
 def test_a_matched_redraw_is_the_kinds_of_that_name_on_the_model_before_the_damage():
@@ -189,33 +172,27 @@ def test_what_is_dropped_is_gone_and_the_rest_in_order():
 
 
 def test_adapters_change_the_layers_by_matrices_of_low_rank():
-    pytest.importorskip("peft")
     model = broken()
-    before = snapshot(model)
-    names = set(before)
+    before = weights(model)
     healed("low_rank", model=model)
-    assert set(dict(model.named_parameters())) == names  # merged: no adapter is left
-    after = dict(model.named_parameters())
+    assert before.keys() == weights(model).keys()  # merged: no adapter is left
     weight = "bert.encoder.layer.2.attention.self.query.weight"
-    difference = (after[weight] - before[weight]).detach()
+    difference = weights(model)[weight] - before[weight]
     assert difference.any() and torch.linalg.matrix_rank(difference, rtol=1e-3) <= recipes.RANK
-    assert torch.equal(after["bert.embeddings.word_embeddings.weight"],
-                       before["bert.embeddings.word_embeddings.weight"])  # fmt: skip
-    assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+    moved = changed(before, model)
+    assert "classifier.weight" in moved and not any("embed" in name for name in moved)
 
 
 def test_a_student_comes_closer_to_its_teachers_states():
     teacher, student = classifier(), broken()
 
     def distance():
+        batch = {**tiny_batch(8), "output_hidden_states": True}
         with torch.no_grad():
-            states = [
-                m.eval()(**tiny_batch(8), output_hidden_states=True).hidden_states
-                for m in (student, teacher)
-            ]
+            states = [m.eval()(**batch).hidden_states for m in (student, teacher)]
         return sum((a - b).square().mean().item() for a, b in zip(*states, strict=True))
 
-    before, frozen = distance(), snapshot(teacher)
+    before, frozen = distance(), weights(teacher)
     patient = recipes.Patient(student, BROKEN, 0, teacher=teacher)
     learner, objective = RECIPES["distillation"].prepare(patient)
     settings = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3, **QUIET}
@@ -228,13 +205,11 @@ def test_a_warm_up_learns_to_fill_in_what_is_masked():
     model = classifier()
     rows = [[1, *[5 + i % 10] * 8, 2] for i in range(80)]
     repeated = training.Encoded(rows, None, examples(count=80).labels, (0, 0, "right"))
-    table = model.get_input_embeddings().weight
-    given = {"train": repeated, "epochs": 60, "learning_rate": 3e-3}
+    given = {"train": repeated, "epochs": 30, "learning_rate": 5e-3}
     found = healed("mlm_warm_up", model=model, **given)[1]
     losses = found.warm_up.losses
     assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
-    assert (found.warm_up.steps, found.training.steps) == (200, 400)
-    assert model.get_input_embeddings().weight is table
+    assert (found.warm_up.steps, found.training.steps) == (100, 200)
 
 
 @pytest.mark.parametrize(
@@ -248,17 +223,13 @@ def test_a_warm_up_learns_to_fill_in_what_is_masked():
         ("distillation", {"teacher": None}, "'distillation' needs teacher"),
         ("mlm_warm_up", {"tokenizer": None}, "'mlm_warm_up' needs tokenizer"),
         ("mlm_warm_up", {"tokenizer": SimpleNamespace(mask_token_id=None)}, "no mask token"),
-        (
-            "transplant",
-            {"layers": range(LAYERS)},
-            "no healthy layer to transplant in place of layer 0",
-        ),
+        ("transplant", {"layers": range(LAYERS)}, "no healthy layer to .* in place of layer 0"),
         ("drop", {"layers": range(LAYERS)}, "nothing would be left"),
     ],
 )
 def test_what_a_recipe_cannot_do_it_refuses_in_one_line(recipe, changes, message):
     model = broken()
-    before = snapshot(model)
+    before = weights(model)
     with pytest.raises(HealingError, match=message) as error:
         healed(recipe, model=model, **changes)
     assert "\n" not in str(error.value) and not changed(before, model)
