@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
 import os
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,7 +27,6 @@ AGGREGATIONS = ("first", "last", "mean")
 POOLINGS = ("first", "mean")
 TOKENS_CPU, TOKENS_GPU = 1024, 8192  # in a batch: what stays in caches, what keeps a GPU busy
 UNLIMITED = 2**31 - 1  # tokens: transformers' own sign for "no limit" overflows the tokenizers'
-HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # tokenizers cannot encode what holds one
 CHUNK = 20_000  # words of `compact_activations` that are sorted by length together
 
 
@@ -48,7 +46,7 @@ def extract_activations(
     """
     with _reading(model, device) as base:
         aligned = align(tokenizer, sentences, max_positions(base, tokenizer))
-        return _states(base, aligned, aggregation, layers, max_tokens, progress=progress)
+        return _states(base, aligned, aggregation, layers, max_tokens, progress)
 
 
 def compact_activations(
@@ -65,6 +63,10 @@ def compact_activations(
     with _reading(model, device) as base:
         aligned = align(tokenizer, sentences, max_positions(base, tokenizer))
         counts = {"windowed": aligned.windowed, "unknown": aligned.unknown}
+        try:
+            return _states(base, aligned, aggregation, memory=memory, dtype=np.float16), counts
+        except OverflowError:
+            print("activations beyond float16's range: begun anew in float32", file=sys.stderr)
         return _states(base, aligned, aggregation, memory=memory), counts
 
 
@@ -84,10 +86,9 @@ def sentence_activations(
     given = _lists_of_text(texts, "texts", "texts or pairs of texts", whole=True)
     if set(map(len, given)) not in ({1}, {2}):
         raise HealingError("need texts, or pairs of texts: at least one, and all of a kind")
-    if max_length is not None and max_length < 1:
-        raise HealingError(f"max_length is {max_length}: need at least 1")
     with _reading(model, device) as base:
-        limit = min(max_positions(base, tokenizer) or UNLIMITED, max_length or UNLIMITED)
+        limit = max_positions(base, tokenizer)
+        limit = limit if max_length is None else min(limit, max_length)
         encoded = encode(tokenizer, given, [0] * len(given), limit)
         if encoded.truncated:
             said = f"{encoded.truncated} of {len(given)} texts were cut to {limit} tokens"
@@ -106,7 +107,7 @@ def sentence_activations(
         return _states(base, aligned, "mean", max_tokens=max_tokens)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _reading(model: nn.Module, device: str | torch.device | None) -> Iterator[nn.Module]:
     """The encoder without its head, inside the block in evaluation mode."""
     base = getattr(model, "base_model", model)
@@ -128,10 +129,11 @@ def _reading(model: nn.Module, device: str | torch.device | None) -> Iterator[nn
 
 def _states(
     base: nn.Module, aligned: Aligned, aggregation: str, layers: Sequence[int] | None = None,
-    max_tokens: int | None = None, memory: int | None = None, progress: bool = False,
+    max_tokens: int | None = None, progress: bool = False, memory: int | None = None,
+    dtype: type = np.float32,
 ) -> np.ndarray:  # fmt: skip
-    """All words' states, (layers, words, hidden): float32 in memory, or where `memory` is given as
-    `compact_activations` keeps them."""
+    """All words' states, (layers, words, hidden): in memory, or where `memory` is given as
+    `compact_activations` keeps them. Raises OverflowError where `dtype` cannot hold a value."""
     choose(aggregation, AGGREGATIONS, "aggregation")
     there = range(base.config.num_hidden_layers + 1)
     layers = list(there) if layers is None else np.ravel(layers).tolist()
@@ -140,43 +142,31 @@ def _states(
     largest, known = aligned.windows.highest[0], base.get_input_embeddings().num_embeddings
     if largest >= known:
         raise HealingError(f"the tokenizer is not the model's: token {largest} of {known}")
-    shape = len(layers), aligned.words, base.config.hidden_size
     if max_tokens is None:
         max_tokens = TOKENS_CPU if base.device.type == "cpu" else TOKENS_GPU
-    lengths = aligned.windows.lengths
+    array = _room((len(layers), aligned.words, base.config.hidden_size), dtype, memory)
+    out, lengths = torch.from_numpy(array), aligned.windows.lengths
     chunks = aligned.before // (UNLIMITED if memory is None else CHUNK)
-    parts = [np.flatnonzero(chunks == number) for number in np.unique(chunks)]
-
-    def fill(array: np.ndarray) -> np.ndarray:
-        out = torch.from_numpy(array)
-        bar = Progress(aligned.words, "activations", unit="word") if progress else None
-        with bar or contextlib.nullcontext():
-            for windows in parts:
-                for batch in batches(lengths[windows], max_tokens):
-                    batch = windows[batch]
-                    values = _read(base, aligned, batch, aggregation, layers).cpu()
-                    if out.dtype == torch.float16:
-                        beyond = values.abs() > torch.finfo(out.dtype).max
-                        if (beyond & values.isfinite()).any():
-                            raise OverflowError
-                    rows = np.concatenate([aligned.rows[i] for i in batch])
-                    out[:, torch.from_numpy(rows)] = values.to(out.dtype)
-                    if bar:
-                        bar.update(len(rows))
-        return array
-
-    if memory is None:
-        return fill(np.empty(shape, np.float32))
-    try:
-        return fill(_room(shape, np.float16, memory))
-    except OverflowError:
-        print("activations beyond float16's range: begun anew in float32", file=sys.stderr)
-    return fill(_room(shape, np.float32, memory))
+    with Progress(aligned.words, "activations", "word") if progress else nullcontext() as bar:
+        for number in np.unique(chunks):
+            windows = np.flatnonzero(chunks == number)
+            for batch in batches(lengths[windows], max_tokens):
+                batch = windows[batch]
+                values = _read(base, aligned, batch, aggregation, layers).cpu()
+                if dtype is np.float16:
+                    beyond = values.abs() > torch.finfo(out.dtype).max
+                    if (beyond & values.isfinite()).any():
+                        raise OverflowError
+                rows = np.concatenate([aligned.rows[i] for i in batch])
+                out[:, torch.from_numpy(rows)] = values.to(out.dtype)
+                if bar:
+                    bar.update(len(rows))
+    return array
 
 
-def _room(shape: tuple[int, ...], dtype: type, memory: int) -> np.ndarray:
+def _room(shape: tuple[int, ...], dtype: type, memory: int | None) -> np.ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if size <= memory:
+    if memory is None or size <= memory:
         return np.empty(shape, dtype)
     try:
         with tempfile.TemporaryFile() as file:
@@ -233,10 +223,9 @@ def _read(
     index, bags = (torch.from_numpy(a).to(base.device) for a in (tokens, offsets))
     with torch.inference_mode():
         output = base(**collate(aligned.windows, batch, base.device), output_hidden_states=True)
-        hidden = output.hidden_states
-        values = torch.empty(len(layers), len(offsets), hidden[0].shape[2], device=base.device)
+        values = torch.empty(len(layers), len(offsets), base.config.hidden_size, device=base.device)
         for layer, own in zip(layers, values, strict=True):
-            states = hidden[layer].float().flatten(0, 1)
+            states = output.hidden_states[layer].float().flatten(0, 1)
             if len(tokens) == len(offsets):  # a subword a word: no mean to take
                 torch.index_select(states, 0, index, out=own)
             else:
@@ -261,13 +250,13 @@ class Aligned:
     unknown: int = 0  # words that the tokenizer knows nothing of, or not all
 
 
-def max_positions(model: nn.Module, tokenizer: Any) -> int | None:
-    """The most tokens, special ones included, that both read at once; None for any number."""
-    limits = [position_limit(model), getattr(tokenizer, "model_max_length", None)]
-    return min((n for n in limits if n and n < UNLIMITED), default=None)
+def max_positions(model: nn.Module, tokenizer: Any) -> int:
+    """The most tokens, special ones included, that both read at once."""
+    limits = position_limit(model), getattr(tokenizer, "model_max_length", None)
+    return min(limit or UNLIMITED for limit in (*limits, UNLIMITED))
 
 
-def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None = None) -> Aligned:
+def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int = UNLIMITED) -> Aligned:
     """Tokenise sentences that are already split into words, each word as inside a running text:
     byte-level BPE (RoBERTa, ModernBERT) sees a space before it. A sentence longer than `limit` is
     read in overlapping windows; a word without any subword is the unknown token."""
@@ -279,31 +268,27 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None 
     sentences = _lists_of_text(sentences, "sentences", "lists of words")
     if not any(map(len, sentences)):
         raise HealingError("there are no words to extract: every sentence is empty")
-    backend = tokenizer.backend_tokenizer
-    splitter = backend.pre_tokenizer
-    read = functools.partial(tokenizer, is_split_into_words=True, verbose=False)
-    try:
-        if splitter is not None:
-            backend.pre_tokenizer = _spaced(splitter)
-        encodings = read(sentences, add_special_tokens=False).encodings
-        around = read([tokenizer.unk_token]).encodings[0]  # one word and the special tokens
-    finally:
-        if splitter is not None:
-            backend.pre_tokenizer = splitter
+    # A copy whose ByteLevel and Metaspace put the space before every word.
+    state = re.sub('("add_prefix_space":)false', r"\1true", tokenizer.backend_tokenizer.to_str())
+    backend = Tokenizer.from_str(re.sub(r'("prepend_scheme":)"\w+"', r'\1"always"', state))
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch(sentences, is_pretokenized=True, add_special_tokens=False)
+    around = backend.encode([tokenizer.unk_token], is_pretokenized=True)  # by the special tokens
     inside = [i for i, word in enumerate(around.word_ids) if word is not None]
     prefix, stop = inside[0], inside[-1] + 1  # all of XLNet's special tokens are behind
-    budget = (limit or UNLIMITED) - prefix - len(around.ids[stop:])
+    budget = limit - prefix - len(around.ids[stop:])
     found, words, windowed, unknown = [], 0, 0, 0
     for number, (sentence, encoding) in enumerate(zip(sentences, encodings, strict=True)):
         if not sentence:
             continue
         tokens, numbers = (np.array(a, dtype=np.int64) for a in (encoding.ids, encoding.word_ids))
-        count = np.bincount(numbers, minlength=len(sentence))  # subwords a word
-        missing = np.flatnonzero(count == 0)
+        missing = np.setdiff1d(np.arange(len(sentence)), numbers)
         places = np.searchsorted(numbers, missing)
-        unknown += len(missing) + len(set(numbers[tokens == tokenizer.unk_token_id]))
-        tokens = np.insert(tokens, places, tokenizer.unk_token_id).tolist()
-        count[missing] = 1
+        tokens = np.insert(tokens, places, tokenizer.unk_token_id)
+        numbers = np.insert(numbers, places, missing)
+        unknown += len(np.unique(numbers[tokens == tokenizer.unk_token_id]))
+        count = np.bincount(numbers)  # subwords a word
         if count.max() > budget:
             word = int(count.argmax())
             raise HealingError(
@@ -316,7 +301,7 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int | None 
         for first, last, own in windows:
             if not len(own):
                 continue
-            content = tokens[ends[first] : ends[last]]
+            content = tokens[ends[first] : ends[last]].tolist()
             ids = [*around.ids[:prefix], *content, *around.ids[stop:]]
             types = [around.type_ids[prefix]] * len(content)
             types = [*around.type_ids[:prefix], *types, *around.type_ids[stop:]]
@@ -343,19 +328,9 @@ def _lists_of_text(values: Any, what: str, need: str, whole: bool = False) -> li
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise HealingError(f"{what} must be {need}: {what}[{number}] is {value!r:.40}")
         found.append(list(value))
-        for word in found[-1]:
-            if not isinstance(word, str) or HALF_A_CHARACTER.search(word):
-                raise HealingError(f"{what}[{number}] holds {word!r:.40}, which is no text")
+        if odd := [word for word in found[-1] if not isinstance(word, str)]:
+            raise HealingError(f"{what}[{number}] holds {odd[0]!r:.40}, which is no text")
     return found
-
-
-def _spaced(splitter: Any) -> Any:
-    """One that sees a space before every word where the vocabulary marks its beginning by one."""
-    # Its state is JSON; these are ByteLevel's and Metaspace's settings.
-    state = re.sub(rb'("add_prefix_space":)false', rb"\1true", splitter.__getstate__())
-    spaced = copy.deepcopy(splitter)
-    spaced.__setstate__(re.sub(rb'("prepend_scheme":)"\w+"', rb'\1"always"', state))
-    return spaced
 
 
 def cut_windows(ends: np.ndarray, budget: int) -> list[tuple[int, int, np.ndarray]]:
@@ -366,19 +341,18 @@ def cut_windows(ends: np.ndarray, budget: int) -> list[tuple[int, int, np.ndarra
     shorter of its two sides; one that reaches the sentence's own edge is not short.
     """
     words, first, stop, places = len(ends) - 1, 0, 0, []
-    best, owner = np.full(words, -1.0), np.zeros(words, dtype=np.int64)
     while stop < words:
         stop = int(np.searchsorted(ends, ends[first] + budget, side="right")) - 1
-        if stop < words:
-            half, new = np.searchsorted(ends, [ends[first] + budget // 2, ends[stop + 1] - budget])
-        elif first:
+        if stop == words and first:
             first = int(np.searchsorted(ends, ends[-1] - budget))
-        left = ends[first:stop] - ends[first] if first else np.inf
-        right = ends[stop] - ends[first + 1 : stop + 1] if stop < words else np.inf
-        context, own = np.minimum(left, right), owner[first:stop]
-        own[context > best[first:stop]] = len(places)
-        best[first:stop] = np.maximum(context, best[first:stop])
         places.append((first, stop))
         if stop < words:  # with room for one word more
+            half, new = np.searchsorted(ends, [ends[first] + budget // 2, ends[stop + 1] - budget])
             first = min(max(int(half), int(new), first + 1), stop)
+    context = np.full((len(places), words), -1.0)
+    for own, (first, stop) in zip(context, places, strict=True):
+        left = ends[first:stop] - ends[first] if first else np.inf
+        right = ends[stop] - ends[first + 1 : stop + 1] if stop < words else np.inf
+        own[first:stop] = np.minimum(left, right)
+    owner = context.argmax(axis=0)
     return [(*place, np.flatnonzero(owner == number)) for number, place in enumerate(places)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -36,13 +37,10 @@ TOLERANCE = 1e-4
 
 def there(neurons: Iterable[Neuron], layers: int, hidden: int) -> list[Neuron]:
     """`neurons`, ascending; HealingError where one is in none of so many layers, or comes twice."""
-    left = set(np.ndindex(layers, hidden))
-    named = [tuple(np.ravel(neuron).tolist()) for neuron in neurons]
-    for neuron in named:
-        if neuron not in left:
-            known = f"layers 0 (the embeddings) to {layers - 1}, units 0 to {hidden - 1}"
-            raise HealingError(f"there is no neuron {neuron}, or it is named twice: {known}")
-        left.remove(neuron)
+    known, named = set(np.ndindex(layers, hidden)), [tuple(np.ravel(n).tolist()) for n in neurons]
+    if odd := [n for n, times in Counter(named).items() if times > 1 or n not in known]:
+        shape = f"layers 0 (the embeddings) to {layers - 1}, units 0 to {hidden - 1}"
+        raise HealingError(f"there is no neuron {odd[0]}, or it is named twice: {shape}")
     return sorted(named)
 
 
@@ -80,25 +78,26 @@ def rank_neurons(
     Raises HealingError for shapes that do not match, values that are not finite, fewer than two
     classes and a label outside `classes`.
     """
-    words = labelled(activations, labels, classes=classes)
-    return _rank(words, method, seed, {"penalties": [(l1, l2)], "device": device, **fitting})
-
-
-def _rank(
-    words: Words, method: str, seed: int, fitting: dict[str, Any], probe: Probes | None = None
-) -> list[Neuron]:
-    """`rank_neurons`, with the probe over all of them where there is one."""
     choose(method, METHODS, "ranking method")
-    neurons = words.neurons()
+    words = labelled(activations, labels, classes=classes)
+    fitting = {"penalties": [(l1, l2)], "device": device, **fitting}
+    return _rank(words, method, seed, _fit_all(words, fitting) if method == "lca" else None)
+
+
+def _fit_all(words: Words, fitting: dict[str, Any]) -> Probes:
+    """The probe on all neurons, whose weights may be ranked."""
+    return fit_probes(words.of(words.neurons()), words.ids, **{"tolerance": TOLERANCE, **fitting})
+
+
+def _rank(words: Words, method: str, seed: int, probe: Probes | None) -> list[Neuron]:
     if method == "lca":
-        fitting = {"tolerance": TOLERANCE, **fitting}
-        probe = probe or fit_probes(words.of(neurons), words.ids, **fitting)
         order = rank_weights(probe.weight[0].cpu(), seed=seed)
     else:
-        score = probeless if method == "probeless" else gaussian
+        score = {"probeless": probeless, "gaussian": gaussian}[method]
         layers = range(len(words.activations))
         scores = [score(words.features(layer).numpy(), words.ids) for layer in layers]
         order = np.argsort(-np.concatenate(scores), kind="stable")
+    neurons = words.neurons()
     return [neurons[place] for place in order]
 
 
@@ -176,18 +175,16 @@ def ranking_agreement(
     ``spearman`` over all neurons (the random order of those that an elastic net sets to zero draws
     it towards 0) and for every k of `sizes` ``overlap_k``, the share of one's top k in the other's
     (chance: k / neurons)."""
-    common, places, rows = None, {}, []
-    for name, ranking in rankings.items():
-        common = common or sorted(ranking)
-        if sorted(ranking) != common:
-            raise HealingError(f"ranking {name!r} does not hold each neuron of the first once")
-        at = {neuron: i for i, neuron in enumerate(ranking)}
-        places[name] = np.array([at[neuron] for neuron in common])
+    if len(set(map(frozenset, rankings.values()))) > 1:
+        raise HealingError("rankings to compare must be of the same neurons")
+    # Of each neuron, in ascending order, its place in a ranking.
+    places = {name: np.lexsort(np.transpose(own)[::-1]) for name, own in rankings.items()}
+    rows = []
     for (first, a), (second, b) in combinations(places.items(), 2):
         # Places are their own ranks.
         row = {"first": first, "second": second, "spearman": float(np.corrcoef(a, b)[0, 1])}
         for k in sizes:
-            if 0 < k < len(common):
+            if 0 < k < len(a):
                 row[f"overlap_{k}"] = float(((a < k) & (b < k)).sum() / k)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -226,6 +223,7 @@ def minimal_neurons(
     on test, where an unknown label counts as an error. Raises HealingError as `rank_neurons` does,
     and where there is nothing to hold out.
     """
+    choose(method, METHODS, "ranking method")
     words = labelled(activations, labels)
     test = labelled(test_activations, test_labels, words)
     if not 0 <= delta < 1:
@@ -235,10 +233,9 @@ def minimal_neurons(
     if len(np.unique(inner.ids)) < 2:
         raise HealingError("what is left to train on after holding out words has one label only")
     fitting = {"penalties": [(l1, l2)], "device": device, **fitting}
-    every = words.neurons()
-    probe = fit_probes(inner.of(every), inner.ids, **{"tolerance": TOLERANCE, **fitting})
-    full = _accuracy(inner, dev, every, fitting, probe)
-    ranking = _rank(inner, method, seed, fitting, probe)
+    probe = _fit_all(inner, fitting)
+    full = _accuracy(inner, dev, words.neurons(), fitting, probe)
+    ranking = _rank(inner, method, seed, probe)
     searched = {len(ranking): full}
 
     def enough(k: int) -> bool:
@@ -299,11 +296,10 @@ def by_size(
 
 def center_of_mass(by_layer: Sequence[float]) -> float:
     """Mean layer of neurons, counted `by_layer` (layers + 1,), as a share of the depth: 0 the
-    embeddings, 1 the last layer; NaN for an empty set, and for a single layer."""
+    embeddings, 1 the last layer; NaN for an empty set."""
     counts = np.asarray(by_layer, dtype=np.float64)
-    if len(counts) < 2 or counts.sum() == 0:
-        return float("nan")
-    return float(counts @ np.linspace(0, 1, len(counts)) / counts.sum())
+    mass = counts @ np.linspace(0, 1, len(counts))
+    return float(mass / counts.sum()) if counts.any() else float("nan")
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class Words:
     of the classes `names`, -1 for none of them; `what` is said before "activations"."""
 
     what: str
-    activations: Any
+    activations: np.ndarray
     rows: np.ndarray
     labels: np.ndarray
     names: np.ndarray
@@ -64,8 +64,6 @@ class Words:
     def features(self, layer: int, units: np.ndarray | None = None) -> torch.Tensor:
         """A layer's, or some of its units': float32 (words, features), in memory of their own."""
         x = self.activations[layer]
-        if torch.is_tensor(x):
-            x = x.detach().to("cpu", torch.float32).numpy()
         if units is not None:
             x = np.take(x, units, axis=1)  # several times as fast as rows and units at once
         x = torch.from_numpy(np.asarray(x[self.rows], dtype=np.float32))
@@ -87,15 +85,16 @@ def labelled(
     activations: Any, labels: Any, train: Words | None = None, classes: Sequence[Any] | None = None
 ) -> Words:
     """Training words, of `classes`, by default all labels; or test words for probes of `train`."""
-    what = "" if train is None else "test "
-    shape = tuple(getattr(activations, "shape", ()))
-    kind = getattr(activations, "dtype", type(activations).__name__)
-    like = None if train is None else train.activations.shape
-    fits = len(shape) == 3 and 0 not in shape and (like is None or shape[::2] == like[::2])
-    if not fits or getattr(kind, "kind", "f") not in "biuf":  # torch's types have none
-        need = f"({like[0]}, words, {like[2]})" if like else "(layers, words, features)"
-        raise HealingError(f"{what}activations must be numbers {need}, got {shape} of {kind}")
-    labels = column([] if labels is None else labels, shape[1], f"{what}labels")
+    what, need = "", "(layers, words, features)"
+    if train is not None:
+        what, need = "test ", "({}, words, {})".format(*train.activations.shape[::2])
+    if torch.is_tensor(activations):
+        activations = activations.detach().cpu().float().numpy()
+    x = np.asanyarray(activations)  # which a memory map stays
+    fits = train is None or x.shape[::2] == train.activations.shape[::2]
+    if x.ndim != 3 or not x.size or not fits or x.dtype.kind not in "biuf":
+        raise HealingError(f"{what}activations must be numbers {need}, got {x.shape} of {x.dtype}")
+    labels = column(labels, x.shape[1], f"{what}labels")
     if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels):
         labels = labels.astype(str)
     if labels.dtype.kind not in "biuU":
@@ -112,21 +111,26 @@ def labelled(
         raise HealingError(f"label {labels[ids < 0][0]!s} is not among the classes: {known}")
     if train is None and (ids == ids[0]).all():
         raise HealingError(f"every label is {labels[0].item()!r}: nothing to tell apart")
-    return Words(what, activations, np.arange(shape[1]), labels, names, ids)
+    return Words(what, x, np.arange(x.shape[1]), labels, names, ids)
 
 
 def column(values: Any, words: int, what: str) -> np.ndarray:
-    """`values` as an array (words,); every word its own value where it is None."""
-    values = np.arange(words) if values is None else values
-    try:
-        values = np.asarray(values)
-    except ValueError:  # lists of unequal lengths
-        values = np.empty(0)
+    """`values` as an array (words,)."""
+    values = np.asarray(values)
     if values.shape != (words,):
         raise HealingError(f"{what} must be one value a word: {words}, got {values.size}")
-    if pd.isna(values).any():
-        raise HealingError(f"{what} lack the value of word {pd.isna(values).argmax()}")
+    if (missing := pd.isna(values)).any():
+        raise HealingError(f"{what} lack the value of word {missing.argmax()}")
     return values
+
+
+def grouped(groups: Any, words: int) -> tuple[np.ndarray, np.ndarray]:
+    """The names of the groups, and which of them each word is of, (words,); without, its own."""
+    groups = np.arange(words) if groups is None else column(groups, words, "groups")
+    names, index = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise HealingError(f"{len(names)} groups (sentences): need at least 2")
+    return names, index
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:
@@ -139,10 +143,9 @@ def shuffled(count: int, seed: int) -> np.ndarray:
 
 def held_out(groups: Any, words: int, share: float, seed: int) -> np.ndarray:
     """Which words are held out, (words,): whole groups, about that share of them, at least one."""
-    names, index = np.unique(column(groups, words, "groups"), return_inverse=True)
-    if len(names) < 2 or not 0 < share < 1:
-        said = f"cannot hold out {share!r} of {len(names)} groups (sentences)"
-        raise HealingError(f"{said}: need at least 2 and a share between 0 and 1")
+    names, index = grouped(groups, words)
+    if not 0 < share < 1:
+        raise HealingError(f"cannot hold out {share!r} of the words: need a share from 0 to 1")
     count = min(max(round(share * len(names)), 1), len(names) - 1)
     return np.isin(index, shuffled(len(names), seed)[:count])
 
@@ -245,30 +248,28 @@ def _fit_chosen(
         given = Problems(layers, [layer[i] for i in rows], wanted, penalties, classes, start)
         return solve(given, tolerance, max_iterations)
 
-    if len(path) == 1:
-        chosen = path * len(layer)
-        return fitted(rows, [measured(z) for z in x], chosen, None, tolerance), chosen
-    inner, start = [measured(z[:fit]) for z in x], None
-    best: dict[int, tuple] = {}  # losses of the words held out, place on the path, the probe
-    for place, penalty in enumerate(path):
-        found = fitted(rows, inner, [penalty] * len(rows), start, 10 * tolerance)
-        stay = []
-        for j, row in enumerate(rows):
-            weight, bias = found.weight[j], found.bias[j]
-            scores = torch.addmm(bias, x[layer[row]][fit:], weight.T)
-            loss = F.cross_entropy(scores, targets[row, fit:], reduction="none")
-            gain = best[row][0] - loss if row in best else torch.ones(1)
-            # By over two standard errors, word by word, so that noise does not pass for signal.
-            if gain.mean() > 2 * gain.std(correction=0) / len(gain) ** 0.5:
-                best[row] = loss, place, weight, bias
-            if place - best[row][1] < PATIENCE:
-                stay.append(j)
-        if not stay:
-            break
-        rows = [rows[j] for j in stay]
-        start = found.weight[stay], found.bias[stay]
-    _, places, *probes = zip(*(best[row] for row in everything), strict=True)
-    chosen, start = [path[place] for place in places], tuple(map(torch.stack, probes))
+    chosen, start = path * len(layer), None
+    if len(path) > 1:
+        inner = [measured(z[:fit]) for z in x]
+        best: dict[int, tuple] = {}  # losses of the words held out, place on the path, the probe
+        for place, penalty in enumerate(path):
+            found = fitted(rows, inner, [penalty] * len(rows), start, 10 * tolerance)
+            stay = []
+            for j, row in enumerate(rows):
+                weight, bias = found.weight[j], found.bias[j]
+                scores = torch.addmm(bias, x[layer[row]][fit:], weight.T)
+                loss = F.cross_entropy(scores, targets[row, fit:], reduction="none")
+                gain = best[row][0] - loss if row in best else torch.ones(1)
+                # By over two standard errors, word by word, so that noise does not pass for signal.
+                if gain.mean() > 2 * gain.std(correction=0) / len(gain) ** 0.5:
+                    best[row] = loss, place, weight, bias
+                if place - best[row][1] < PATIENCE:
+                    stay.append(j)
+            if not stay:
+                break
+            rows, start = [rows[j] for j in stay], (found.weight[stay], found.bias[stay])
+        _, places, *probes = zip(*(best[row] for row in everything), strict=True)
+        chosen, start = [path[place] for place in places], tuple(map(torch.stack, probes))
     return fitted(everything, [measured(z) for z in x], chosen, start, tolerance), chosen
 
 
@@ -376,9 +377,7 @@ def online_codelength(
     take for all words; the `precision` taken. Raises HealingError as `probe_layers` does.
     """
     words = labelled(activations, labels)
-    names, group = np.unique(column(groups, len(words.ids), "groups"), return_inverse=True)
-    if len(names) < 2:
-        raise HealingError("1 group (sentence): need at least 2, one to learn from")
+    names, group = grouped(groups, len(words.ids))
     place = np.argsort(shuffled(len(names), seed))
     order = np.argsort(place[group], kind="stable")
     words, ends = words.at(order), block_ends(group[order])
