@@ -30,16 +30,13 @@ SPLITS = {"train": 1000, "validation": 400, "test": 1000}
 
 
 def folder() -> Path:
-    """The shipped model, as `from_pretrained` takes it.
-
-    In a checkout `data/organism/`, in an installed package the copy inside it.
-    """
+    """The shipped model, as `from_pretrained` takes it: in a checkout `data/organism/`, in an
+    installed package the copy inside it."""
     here = Path(__file__).resolve().parent
-    places = (here.parents[1] / "data" / "organism", here / "weights")
-    if found := next((place for place in places if (place / "config.json").is_file()), None):
-        return found
-    looked = " and ".join(map(str, places))
-    raise HealingError(f"the organism's weights are missing; looked for config.json in {looked}")
+    for place in (here.parents[1] / "data" / "organism", here / "weights"):
+        if (place / "config.json").is_file():
+            return place
+    raise HealingError(f"the organism's weights are missing: no config.json in {place}")
 
 
 def _draw(text: str, writer: Writer) -> tuple[Sentence, int]:
@@ -97,12 +94,8 @@ def raw_text(count: int, seed: int = 0) -> Iterator[str]:
 
     Sentences of the tasks' validation and test splits are left out.
     """
-    scored = {
-        text
-        for task in TASKS
-        for split in ("validation", "test")
-        for text in sentence_task(task)[split][0]
-    }
+    tasks = map(sentence_task, TASKS)
+    scored = {t for task in tasks for split in ("validation", "test") for t in task[split][0]}
     writer = Writer(f"raw {seed}", style=RAW)
     while count > 0:
         if (text := writer.sentence().text) not in scored:

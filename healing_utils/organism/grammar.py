@@ -9,7 +9,6 @@ negator turns it. The sentence's polarity is its only clause's, the last clause'
 from __future__ import annotations
 
 import random
-from bisect import bisect
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
@@ -20,26 +19,21 @@ from .vocabulary import add_s, article, held_out, lexicon, lists, past
 TOPICS = ("arts", "sport", "food", "science")
 SIGN = {1: "positive", -1: "negative"}
 SHORTEST, LONGEST = 8, 16  # words, punctuation counted
+NEGATED = 0.2  # of clauses
 # What a clause with a polarity is built around, in how many places a polar word can stand beside
 # it, and how often.
-FRAMES = (
-    ("copula", 3), ("linking", 2), ("noun", 2), ("liking", 3), ("affecting", 3), ("faring", 3),
-    ("topical", 3),
-)  # fmt: skip
-FRAME_WEIGHTS = (3, 1, 1, 3, 2.5, 2, 2)
+FRAMES = {
+    "copula": (3, 3), "linking": (2, 1), "noun": (2, 1), "liking": (3, 3), "affecting": (3, 2.5),
+    "faring": (3, 2), "topical": (3, 2),
+}  # fmt: skip
 
 
 class Word(NamedTuple):
-    """One word with its tags.
-
-    `other` is the form of the opposite number where the form shows it, `topic` the topic it tells.
-    """
-
     text: str
     pos: str  # a universal-dependency name
     sem: str
-    other: str = ""
-    topic: str = ""
+    other: str = ""  # the form of the opposite number, where the form shows it
+    topic: str = ""  # that it tells
 
 
 # A chunk: its label ("O" for words outside any chunk) and its words.
@@ -67,14 +61,13 @@ class Sentence(NamedTuple):
 
     @property
     def tags(self) -> dict[str, list[str]]:
-        pos, sem = ([getattr(word, tag) for word in self.tokens] for tag in ("pos", "sem"))
+        _, pos, sem, *_ = map(list, zip(*self.tokens, strict=True))
         return {"pos": pos, "chunk": self.chunks, "sem": sem}
 
 
 class Style(NamedTuple):
     """What a text is like; the defaults are the labelled tasks'."""
 
-    negation: float = 0.2  # chance that a clause is negated
     kinds: tuple[float, ...] = (5, 3, 1.5, 1)  # weights of one clause, but, although, and
     cues: tuple[int, ...] = (2, 3)  # polar words of a single clause, equally likely
     clause_cues: tuple[int, ...] = (1, 2)  # of each of two clauses
@@ -87,12 +80,7 @@ class Style(NamedTuple):
 TASK = Style()
 # Raw text says what it feels more plainly than the tasks do: that is what makes the polarity of
 # words learnable from it in minutes.
-RAW = Style(0.2, (4, 2, 1, 2), (2, 3, 4), (2,), leading=0.5, pairs=0.6, flatness=1.0, comment=0.35)
-
-
-@cache
-def _cumulative(weights: tuple[float, ...]) -> list[float]:
-    return list(accumulate(weights))
+RAW = Style((4, 2, 1, 2), (2, 3, 4), (2,), leading=0.5, pairs=0.6, flatness=1.0, comment=0.35)
 
 
 @cache
@@ -101,12 +89,9 @@ def _entries(category: str, known_only: bool, flatness: float) -> tuple[list[Any
     if category == "determiners":
         listed = lists()[category]
         return listed, list(accumulate(weight for *_, weight in listed))
-    weighted = {
-        entry: 1 / (rank + flatness)
-        for rank, entry in enumerate(lexicon()[category])
-        if not (known_only and entry[0] in held_out())
-    }
-    return list(weighted), list(accumulate(weighted.values()))
+    left_out = held_out() if known_only else ()
+    ranked = [(rank, e) for rank, e in enumerate(lexicon()[category]) if e[0] not in left_out]
+    return [e for _, e in ranked], list(accumulate(1 / (rank + flatness) for rank, _ in ranked))
 
 
 def joined(words: list[Word]) -> list[Word]:
@@ -128,18 +113,15 @@ class Writer:
     """
 
     def __init__(self, seed: str, known_only: bool = False, style: Style = TASK):
-        self.random = random.Random(seed).random  # the one source; its stream is fixed by Python
+        self.random = random.Random(seed)  # the one source
         self.known_only = known_only
         self.style = style
 
     def chance(self, probability: float) -> bool:
-        return self.random() < probability
+        return self.random.random() < probability
 
-    def choose(self, options: Sequence[Any], weights: tuple[float, ...] | None = None) -> Any:
-        if weights is None:
-            return options[int(self.random() * len(options))]
-        total = _cumulative(weights)
-        return options[bisect(total, self.random() * total[-1])]
+    def choose(self, options: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
+        return self.random.choices(options, weights)[0]
 
     def maybe(self, topic: str, probability: float) -> str:
         return topic if self.chance(probability) else ""
@@ -147,7 +129,7 @@ class Writer:
     def entry(self, category: str) -> Any:
         """Lemma and irregular form of a word of that category."""
         entries, total = _entries(category, self.known_only, self.style.flatness)
-        return entries[bisect(total, self.random() * total[-1])]
+        return self.random.choices(entries, cum_weights=total)[0]
 
     def word(self, category: str, polarity: int = 0) -> Word:
         pos, sem = lists()["tags"][category]
@@ -218,9 +200,8 @@ class Writer:
         seen = Word(past(*self.entry("verb")), "VERB", "event")
         return [("NP", [Word("that", "PRON", "reference")]), agent, ("VP", [seen])]
 
-    def subject(
-        self, kind: str, topic: str, polarity: int, attach: float
-    ) -> tuple[list[Phrase], bool]:
+    def subject(self, kind: str, topic: str, polarity: int, attach: float):
+        """Its phrases, and whether it is plural."""
         if self.chance(0.1) and not polarity:
             pronoun, many = self.choose((("he", False), ("she", False), ("they", True)))
             if kind == "person" or many:
@@ -257,11 +238,11 @@ class Writer:
             return self.plain_clause(topic, negated, attach)
         inner = -polarity if negated else polarity
         sign = SIGN[inner]
-        frame, optional = self.choose(FRAMES, FRAME_WEIGHTS)
+        frame = self.choose(list(FRAMES), [often for _, often in FRAMES.values()])
         # Which places carry a cue: the subject's adjective, then two in the predicate.
-        places = list(range(optional))
+        places = list(range(FRAMES[frame][0]))
         while len(places) > cues - (frame != "topical"):
-            places.pop(int(self.random() * len(places)))
+            places.remove(self.choose(places))
         first = polarity if 0 in places else 0
         second, third = (inner if place in places else 0 for place in (1, 2))
         kind = "person" if frame == "liking" else self.choose(("person", "thing"))
@@ -269,12 +250,10 @@ class Writer:
         phrases, many = self.subject(kind, self.maybe(topic, 0.7), first, attach)
         if frame in ("copula", "noun"):
             phrases.append(self.be(many, negated))
-        elif frame == "linking":
-            phrases.append(self.verb("linking", many, negated, "state"))
-        elif frame == "topical":
-            phrases.append(self.verb(f"{topic}_verb", many, negated))
         else:
-            phrases.append(self.verb(f"{frame}_{sign}", many, negated, f"event-{sign}"))
+            plain = {"linking": ("linking", "state"), "topical": (f"{topic}_verb", "event")}
+            category, sem = plain.get(frame, (f"{frame}_{sign}", f"event-{sign}"))
+            phrases.append(self.verb(category, many, negated, sem))
         if frame in ("copula", "linking"):
             pair = 1.0 if second else None
             phrases.append(("ADJP", [*self.degree(), *self.adjectives(inner, pair)]))
@@ -329,7 +308,7 @@ class Writer:
         style = self.style
 
         def clause(side: int, cues: int, attach: float) -> list[Phrase]:
-            return self.clause(side, topic, cues, self.chance(style.negation), attach)
+            return self.clause(side, topic, cues, self.chance(NEGATED), attach)
 
         opening = []
         if polarity and self.chance(style.comment):

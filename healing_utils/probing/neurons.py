@@ -62,20 +62,18 @@ def rank_neurons(
     l2: float = L2, seed: int = 0, classes: Sequence[Any] | None = None,
     device: str | torch.device | None = None, **fitting: Any,
 ) -> list[Neuron]:  # fmt: skip
-    """All neurons, strongest first, each once; the same list on every run.
-
-    `activations` (layers, words, hidden), `labels` (words,) of `classes`. The methods are those
-    that Antverg and Belinkov (2022) compare:
+    """All neurons, strongest first, each once, by `activations` (layers, words, hidden) and
+    `labels` (words,) of `classes`. The methods are those that Antverg and Belinkov (2022) compare:
 
     - ``lca``, Linguistic Correlation Analysis (Dalvi et al. 2019): `rank_weights` of an elastic-net
-      probe over the neurons of all layers, by default to `TOLERANCE`; it alone needs the `seed`.
+      probe on the neurons of all layers, by default to `TOLERANCE`; it alone needs the `seed`.
     - ``probeless``: the sum over pairs of classes of the absolute difference of the class means,
       over the neuron's standard deviation.
     - ``gaussian``, the first step of Torroba Hennigen et al. (2020): the mean over the words of
       log p(label | neuron) - log p(label), in nats, the neurons of a class being Gaussian, with the
       variance over all words as one more word of every class.
 
-    Raises HealingError for shapes that do not match, values that are not finite, fewer than two
+    Raises HealingError for what does not fit together, values that are not finite, fewer than two
     classes and a label outside `classes`.
     """
     choose(method, METHODS, "ranking method")
@@ -125,7 +123,7 @@ def rank_weights(weight: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def probeless(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Σ over class pairs of |difference of means| / σ, of one layer's neurons, (hidden,)."""
+    """As `rank_neurons` says, of one layer's neurons, (hidden,)."""
     means, _, variance, _ = _moments(x, y)
     # Over sorted means, the i-th of C is added i times and subtracted C - 1 - i times.
     times = 2 * np.arange(len(means)) - len(means) + 1
@@ -134,7 +132,7 @@ def probeless(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Mean log p(label | neuron) - log p(label) in nats, of one layer's neurons, (hidden,)."""
+    """As `rank_neurons` says, of one layer's neurons, (hidden,)."""
     means, within, variance, counts = _moments(x, y)
     changes = variance > 0
     sigma = np.sqrt(np.where(changes, variance, 1.0))
@@ -171,10 +169,9 @@ def _moments(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 def ranking_agreement(
     rankings: Mapping[str, Sequence[Neuron]], sizes: Sequence[int] = (10, 100)
 ) -> pd.DataFrame:
-    """How alike rankings of the same neurons are: one row a pair, ``first`` and ``second``, with
-    ``spearman`` over all neurons (the random order of those that an elastic net sets to zero draws
-    it towards 0) and for every k of `sizes` ``overlap_k``, the share of one's top k in the other's
-    (chance: k / neurons)."""
+    """How alike rankings of the same neurons are: a row for each pair, ``first`` and ``second``,
+    ``spearman`` over all (the random order of those with weight zero draws it towards 0) and for
+    every k of `sizes` ``overlap_k``, the share of one's top k in the other's (chance: k / all)."""
     if len(set(map(frozenset, rankings.values()))) > 1:
         raise HealingError("rankings to compare must be of the same neurons")
     # Of each neuron, in ascending order, its place in a ranking.
@@ -213,15 +210,15 @@ def minimal_neurons(
     dev_share: float = 0.2, method: str = "lca", l1: float = L1, l2: float = L2, seed: int = 0,
     device: str | torch.device | None = None, **fitting: Any,
 ) -> MinimalSet:  # fmt: skip
-    """The smallest top-k whose retrained probe stays within `delta` of the probe on all neurons.
+    """The smallest top-k whose retrained probe stays within `delta` of the probe on all neurons, in
+    absolute accuracy, after Durrani et al. (2021).
 
-    After Durrani et al. (2021). A `dev_share` of the `groups` (words,), such as sentences, is drawn
-    by `seed` and held out whole: it judges the probes of the search, which like the ranking see the
-    other words only. The search tries k = 0 (the most frequent label), 1, 2, 4, ... until one is
-    within `delta`, in absolute accuracy, then bisects; accuracy need not rise with k, so a smaller
-    one may hide. Probes on all neurons and on the k are then trained on all words and scored once
-    on test, where an unknown label counts as an error. Raises HealingError as `rank_neurons` does,
-    and where there is nothing to hold out.
+    A `dev_share` of the `groups` (words,), such as sentences, is drawn by `seed` and held out: it
+    judges the probes of the search, which like the ranking see the other words only. The search
+    tries k = 0 (the most frequent label), 1, 2, 4, ... until one is within `delta`, then bisects;
+    accuracy need not rise with k, so a smaller one may hide. Probes on all neurons and on the k are
+    then trained on all words and scored once on test, where an unknown label is an error. Raises
+    HealingError as `rank_neurons` does, and where there is nothing to hold out.
     """
     choose(method, METHODS, "ranking method")
     words = labelled(activations, labels)
@@ -270,27 +267,27 @@ def accuracy_curve(
     there(ranking, *words.activations.shape[::2])
     fitting = {"penalties": [(L1, L2)], **fitting}
 
-    @functools.cache  # all neurons are one probe, whichever way taken
     def accuracy(neurons: tuple[Neuron, ...]) -> dict[str, float]:
         return {"accuracy": _accuracy(words, test, neurons, fitting)}
 
-    return by_size(ranking, sizes, seed, lambda neurons: accuracy(tuple(sorted(neurons))))
+    return by_size(ranking, sizes, seed, accuracy)
 
 
 def by_size(
     ranking: Sequence[Neuron], sizes: Iterable[int], seed: int,
-    scores: Callable[[list[Neuron]], dict[str, float]],
+    scores: Callable[[tuple[Neuron, ...]], dict[str, float]],
 ) -> pd.DataFrame:  # fmt: skip
     """The `scores` of the first, the last and k random neurons, a row ``k which`` each. The random
     ones hang on `seed` only, and those of a smaller k are among those of a larger one."""
     ranking, common, rows = list(ranking), sorted(ranking), []
     drawn = [common[place] for place in shuffled(len(ranking), seed)]
+    scores = functools.cache(scores)  # all neurons are one set, whichever way taken
     for k in sizes:
         if k not in range(len(ranking) + 1):
             raise HealingError(f"cannot take {k} of {len(ranking)} ranked neurons")
         taken = ranking[:k], drawn[:k], ranking[len(ranking) - k :]
         for which, neurons in zip(WHICH, taken, strict=True):
-            rows.append({"k": k, "which": which, **scores(neurons)})
+            rows.append({"k": k, "which": which, **scores(tuple(sorted(neurons)))})
     return pd.DataFrame(rows)
 
 
@@ -317,8 +314,7 @@ def ablate(
     shape = (len(stack) + 1, model.config.hidden_size)
     values = np.zeros(shape, np.float32) if values is None else np.asarray(values, np.float32)
     if values.shape != shape or not np.isfinite(values).all():
-        said = f"values to ablate to must be {shape} finite numbers"
-        raise HealingError(f"{said}, not of shape {values.shape}")
+        raise HealingError(f"values must be {shape} finite numbers, got {values.shape}")
     places = np.array(there(neurons, *shape), dtype=np.int64).reshape(-1, 2)
     # What gives the last state: the holder of the stack, with a final norm of its own (ModernBERT),
     # or (RoBERTa-PreLayerNorm) a norm of the model behind it.
@@ -355,7 +351,7 @@ def ablation_scores(
     """The task's scores, those of ``evaluate(model, data, **settings)``, with neurons ablated as
     `by_size` takes them; `values` as in `ablate`."""
 
-    def scores(neurons: list[Neuron]) -> dict[str, float]:
+    def scores(neurons: tuple[Neuron, ...]) -> dict[str, float]:
         with ablate(model, neurons, values):
             return evaluate(model, data, **settings)
 

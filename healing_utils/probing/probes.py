@@ -1,8 +1,7 @@
 """Diagnostic classifiers: what can be read linearly from a model's activations, layer by layer.
 
-A probe is scikit-learn's ``LogisticRegression(solver="saga")`` with an elastic net, ``C = 1 /
-(words (l1 + l2))`` and ``l1_ratio = l1 / (l1 + l2)``, on features standardised over the training
-words; `solver` fits it.
+A probe is scikit-learn's ``LogisticRegression(solver="saga")`` with ``C = 1 / (words (l1 + l2))``
+and ``l1_ratio = l1 / (l1 + l2)``, on features standardised over the training words.
 """
 
 from __future__ import annotations
@@ -183,7 +182,7 @@ def fit_probes(
     max_iterations: int = 5000, device: Any = None, start: Probes | None = None,
 ) -> Probes:  # fmt: skip
     """One probe a penalty, to labels `y` (words,), on float32 `x` (words, features), which is
-    standardised in place. Those of the layer before are a `start` that takes fewer iterations."""
+    standardised in place. Those of the layer before are a `start` that saves iterations."""
     x, mean, scale = _standardised(x, pick_device(device))
     # Of what does occur: without any word a class's free bias would have no optimum.
     names, ids = np.unique(y, return_inverse=True)
@@ -282,19 +281,17 @@ def probe_layers(
 ) -> pd.DataFrame:  # fmt: skip
     """How well each layer's activations tell the labels of words (or sentences) never fitted on.
 
-    `activations` and `test_activations` (layers, words, features), of any float type; `labels`,
-    `test_labels` (words,), strings or integers; `groups` (words,), the sentence of each training
-    word. A fraction `dev` of them, drawn by `seed`, is kept whole for choosing each layer's
-    penalty, which is then fitted on all words. Layers are fitted together as far as their training
-    activations take at most `memory` bytes.
+    `activations` (layers, words, features) of any numbers; `labels` (words,), strings or integers;
+    `groups` (words,), the sentence of each training word. A fraction `dev` of them, drawn by
+    `seed`, is held out to choose each layer's penalty, at which it is then fitted on all words; as
+    many layers at once as take at most `memory` bytes.
 
-    Returns one row a layer: `accuracy` and `macro_f1` on test (over the labels that occur there or
-    were answered), `majority`: what the most frequent training label scores there,
-    `control_accuracy`: a probe's for the task of `control_labels`, and `selectivity`, accuracy
-    minus that (both NaN without `words`); of the labels' probe `l1`, `l2`, `nonzero` weights,
-    `iterations` and whether they `converged`; `n_train`, `n_test` words, `n_classes` in training.
-    Raises HealingError for what does not fit together, labels of a single class, and values that
-    are not finite.
+    Returns a row a layer: `accuracy` and `macro_f1` on test (over the labels that occur there or
+    were answered); `majority`, what the most frequent training label scores there;
+    `control_accuracy` of a probe for `control_labels`, and `selectivity`, accuracy minus that (NaN
+    without `words`); of the labels' probe `l1`, `l2`, `nonzero` weights, `iterations`, `converged`;
+    `n_train`, `n_test` words, `n_classes` in training. Raises HealingError for what does not fit
+    together, labels of a single class, and values that are not finite.
     """
     from sklearn.metrics import f1_score
 
@@ -364,17 +361,16 @@ def online_codelength(
     """The length of the online code of `labels` (words,) given `activations` (layers, words,
     features); `groups` (words,): the sentence of each word, put into an order drawn by `seed`.
 
-    Voita and Titov (2020, *Information-Theoretic Probing with Minimum Description Length*, section
-    2.2.2): labels are sent in blocks, `FRACTIONS` of the words, each filled up to the end of a
-    sentence. The first has a uniform code; every other one takes the cross-entropy of a probe that
-    sender and receiver fit on all that was sent before, so that the length tells how well labels
-    can be read and how many words it takes to learn to. The probe has a Gaussian prior, l2 =
-    precision / words, the same at every block; the best of `PRECISIONS` is taken, and the bits that
-    say which are part of the length. What a probe says is mixed with a uniform code, as if each
-    class had been seen once more: a new one would else take infinitely many bits.
+    Voita and Titov (2020, arXiv 2003.12298, section 2.2.2): labels are sent in blocks, `FRACTIONS`
+    of the words in whole sentences. The first has a uniform code; every other takes the
+    cross-entropy of a probe fitted on all that was sent before, so that the length tells how well
+    labels can be read and how many words it takes to learn to. The probe has a Gaussian prior, l2 =
+    precision / words; the best of `PRECISIONS` over all blocks is taken, and the bits that say
+    which are counted. What a probe says is mixed with a uniform code, as if each class had been
+    seen once more: a new one would else take infinitely many bits.
 
-    Returns a row a layer: `layer`; `codelength` and `uniform`, the bits that it and a uniform code
-    take for all words; the `precision` taken. Raises HealingError as `probe_layers` does.
+    Returns a row a layer: `layer`; `codelength` and `uniform`, bits of all words; the `precision`
+    taken. Raises HealingError as `probe_layers` does.
     """
     words = labelled(activations, labels)
     names, group = grouped(groups, len(words.ids))

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from healing_utils import organism
-from healing_utils.base.errors import HealingError
 from healing_utils.organism import grammar, pretraining, vocabulary
 
 # Raised knowingly when the language changes; the shipped weights must then be made again.
@@ -55,9 +54,8 @@ def test_splits_are_disjoint_sized_balanced_and_of_short_sentences(task):
     splits = organism.sentence_task(task)
     texts = [text for split in splits.values() for text in split[0]]
     assert len(texts) == len(set(texts))
-    assert {len(words_of(text)) for text in texts} <= {
-        *range(grammar.SHORTEST, grammar.LONGEST + 1)
-    }
+    allowed = range(grammar.SHORTEST, grammar.LONGEST + 1)
+    assert all(len(words_of(text)) in allowed for text in texts)
     for split, count in organism.SPLITS.items():
         sentences, labels = splits[split]
         assert len(sentences) == len(labels) == count
@@ -72,7 +70,7 @@ def test_held_out_words_are_in_raw_text_and_in_test_but_not_in_labelled_training
     def held_out(text: str) -> set[str]:
         return {lemma_of.get(word) for word in words_of(text)} & organism.held_out()
 
-    raw = list(organism.raw_text(8000))
+    raw = list(organism.raw_text(1500))
     assert set().union(*map(held_out, raw)) == organism.held_out()
     for task in organism.TASKS:
         splits = organism.sentence_task(task)
@@ -128,13 +126,11 @@ def test_topic_follows_from_the_words():
 
 def test_acceptability_is_one_words_number():
     """The wrong twin of a sentence has one word, of a determiner or verb, in its other number."""
-    determiners = [set(pair[:2]) for pair in vocabulary.lists()["determiners"]] + [
-        {"an", "several"}
-    ]
-    others = [{"is", "are"}, {"was", "were"}, {"does", "do"}, *determiners]
+    others = [{"is", "are"}, {"was", "were"}, {"does", "do"}, {"an", "several"}]
+    others += [set(pair[:2]) for pair in vocabulary.lists()["determiners"]]
     verbs = {form: lemma for form, (_, lemma) in forms_of().items()}
     writer = grammar.Writer("twins")
-    for good, bad in (writer.agreement_pair() for _ in range(300)):
+    for good, bad in (writer.agreement_pair() for _ in range(150)):
         assert (good.acceptable, bad.acceptable, good.tags) == (True, False, bad.tags)
         wrong = [pair for pair in zip(good.words, bad.words, strict=True) if len(set(pair)) > 1]
         first, second = (word.lower() for word in wrong[0])
@@ -146,9 +142,8 @@ def test_tags_align_and_chunks_are_well_formed():
                  "PUNCT", "SCONJ", "VERB"}  # fmt: skip
     by_word: dict[str, set[str]] = {}
     for split, count in organism.SPLITS.items():
-        sentences = organism.tagged_sentences(split)
-        assert len(sentences) == count
-        for words, tags in sentences:
+        assert len(organism.tagged_sentences(split)) == count
+        for words, tags in organism.tagged_sentences(split):
             assert tuple(tags) == organism.TAGS and set(tags["pos"]) <= universal
             assert all(len(column) == len(words) for column in tags.values())
             for before, chunk in zip(["O", *tags["chunk"]], tags["chunk"], strict=False):
@@ -187,7 +182,7 @@ def test_shipped_model_loads_plainly_and_has_learnt_the_language():
     words = organism.tokenizer()
     generator = torch.Generator().manual_seed(0)
     losses = []
-    for text in organism.raw_text(150, seed=7):
+    for text in organism.raw_text(80, seed=7):
         ids = torch.tensor([words(text)["input_ids"]])
         shown, targets = pretraining.mask(ids, len(words), words.mask_token_id, generator)
         with torch.inference_mode():
@@ -202,8 +197,8 @@ def test_mask_hides_the_same_number_in_every_sentence_and_never_the_ends():
     shown, targets = pretraining.mask(ids, 100, 4, torch.Generator().manual_seed(0))
     chosen = targets != pretraining.IGNORED
     assert set(chosen.sum(1).tolist()) == {round(pretraining.MASKED * 22)}
-    assert not chosen[:, 0].any() and not chosen[:, -1].any()
-    assert torch.equal(targets[chosen], ids[chosen]) and torch.equal(shown[~chosen], ids[~chosen])
+    assert not chosen[:, [0, -1]].any() and torch.equal(targets[chosen], ids[chosen])
+    assert torch.equal(shown[~chosen], ids[~chosen])
     assert (shown[chosen] == 4).float().mean() == pytest.approx(0.8, abs=0.1)
 
 
@@ -226,8 +221,11 @@ def test_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     checkpoint = tmp_path / "stopped" / "checkpoint.pt"
     assert [file.name for file in checkpoint.parent.iterdir()] == [checkpoint.name]
     assert torch.load(checkpoint, weights_only=True)["step"] == 10
-    with pytest.raises(HealingError, match="another batch_size"):
-        pretraining.pretrain(tmp_path / "stopped", **{**plan, "batch_size": 9})
+    other = plan | {"steps": 6}  # to which the checkpoint does not belong
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / checkpoint.name).write_bytes(checkpoint.read_bytes())
+    fresh = pretraining.pretrain(tmp_path / "fresh", **other)
+    assert pretraining.pretrain(tmp_path / "other", **other) == fresh
     assert pretraining.pretrain(tmp_path / "stopped", **plan) == whole
     assert not checkpoint.exists()
     for name in ("model.safetensors", "training.json", "tokenizer.json", "config.json"):

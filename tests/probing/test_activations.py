@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import itertools
 import json
 import os
@@ -83,17 +82,16 @@ def test_every_family_gives_what_each_sentence_alone_gives(family):
 
 def test_batches_change_nothing_and_the_same_call_gives_the_same_bits():
     model, tokenizer = tiny_model("xlnet"), unigram()
-    call = functools.partial(extract_activations, model, tokenizer, SENTENCES * 5, "mean")
-    state = torch.get_rng_state()
-    one, again, other = call(max_tokens=50), call(max_tokens=50), call(max_tokens=1)
+    given, state = (model, tokenizer, SENTENCES * 5, "mean"), torch.get_rng_state()
+    one, again, other = (extract_activations(*given, max_tokens=n) for n in (50, 50, 1))
     assert np.array_equal(one, again) and np.abs(one - other).max() < 1e-5
     assert torch.equal(torch.get_rng_state(), state)
-    assert np.array_equal(call(max_tokens=50, layers=[3, 0], progress=True), one[[3, 0]])
+    some = extract_activations(*given, max_tokens=50, layers=[3, 0], progress=True)
+    assert np.array_equal(some, one[[3, 0]])
 
 
-@pytest.mark.parametrize("family", ["bert", "xlnet"])
-def test_a_classifier_speaks_through_its_encoder_and_keeps_its_mode(family):
-    model, tokenizer = tiny_model(family, "classification"), tokenizer_of(family)
+def test_a_classifier_speaks_through_its_encoder_and_keeps_its_mode():
+    model, tokenizer = tiny_model("bert", "classification"), wordpiece()
     expected = extract_activations(model.base_model, tokenizer, SENTENCES)
     model.train()
     model.base_model.get_input_embeddings().eval()  # a mode of its own
@@ -178,13 +176,12 @@ def test_windows_overlap_and_give_each_word_its_best_context():
             assert np.array_equal(own[words], context.max(axis=0)[words])
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_long_sentence_is_computed_in_windows_and_said(family):
     model, tokenizer = tiny_model(family), tokenizer_of(family)
     limit = max_positions(model, tokenizer)
     assert limit == (38 if family == "roberta" else 40)
-    long = [word for _ in range(9) for word in SENTENCES[0]]
-    fits = SENTENCES[3]
+    long, fits = SENTENCES[0] * 9, SENTENCES[3]
     with pytest.warns(UserWarning, match=f"1 of 2 sentences .* {limit} tokens"):
         got = extract_activations(model, tokenizer, [long, fits], "mean")
     assert got.shape[1] == len(long) + len(fits)
@@ -202,11 +199,9 @@ def test_a_long_sentence_is_computed_in_windows_and_said(family):
 def test_positions_are_the_models_or_the_tokenizers_and_xlnet_reads_any_length_at_once():
     short = hf.BertTokenizer(vocab=wordpiece().get_vocab(), model_max_length=8)
     assert max_positions(tiny_model("bert"), short) == 8
-    with pytest.warns(UserWarning, match="3 of 5 sentences"):
-        assert align(short, SENTENCES, 8).windows.lengths.max() == 8
     model, tokenizer = tiny_model("xlnet"), unigram()
-    assert max_positions(model, tokenizer) is None
-    long = [[word for _ in range(60) for word in SENTENCES[0]]]
+    assert max_positions(model, tokenizer) == activations.UNLIMITED
+    long = [SENTENCES[0] * 60]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = extract_activations(model, tokenizer, long, "last")
@@ -220,19 +215,14 @@ def test_positions_are_the_models_or_the_tokenizers_and_xlnet_reads_any_length_a
         (r"sentences\[1\], word 2 \('a+'...\) has 99 subwords; .* 38 at once",
          {"sentences": [["cat"], ["the", "cat", "a" * 99]]}),
         (r"must be lists of words: sentences\[0\] is 'the cat'", {"sentences": ["the cat"]}),
-        (r"must be lists of words: sentences\[0\] is 'the cat'", {"sentences": "the cat"}),
         (r"must be lists of words: sentences\[1\] is None", {"sentences": [["a"], None]}),
-        (r"must be lists of words: sentences\[0\] is None", {"sentences": None}),
         (r"sentences\[0\] holds 3, which is no text", {"sentences": [["the", 3]]}),
-        (r"sentences\[0\] holds '\\ud800', which is no", {"sentences": [["\ud800"]]}),
         ("every sentence is empty", {"sentences": [[], []]}),
         (r"layers \[4\]: need some of 0 \(the embeddings\) to 3", {"layers": 4}),
-        (r"layers \['top'\]", {"layers": ["top"]}),
         (r"layers \[1.0\]", {"layers": [1.0]}),
         (r"layers \[\]", {"layers": []}),
         ("max_tokens is 0", {"max_tokens": 0}),
         ("need a fast one", {"tokenizer": hf.CanineTokenizer()}),
-        ("tokenizer str does not say", {"tokenizer": "bert"}),
         ("tokenizer is not the model's: token 99 of 60",
          {"tokenizer": hf.BertTokenizer(vocab={**wordpiece().get_vocab(), "dog": 99}),
           "sentences": [["dog"]]}),
@@ -247,19 +237,16 @@ def test_what_cannot_be_read_is_refused_in_one_line(message, changes):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "xlnet"])
+@pytest.mark.parametrize("family", ["bert", "xlnet"])
 def test_a_sentence_is_its_classification_token_or_its_mean(family):
     model, tokenizer = tiny_model(family, "classification"), tokenizer_of(family)
     texts = ["the cats sat on unbelievable mats", "cat", "things sat on the cat"]
     first = sentence_activations(model, tokenizer, texts, device="cpu")
     mean = sentence_activations(model, tokenizer, texts, "mean", max_tokens=9)
     assert first.shape == mean.shape == (LAYERS + 1, len(texts), WIDTH)
-    cls = {"bert": 2, "roberta": 0, "xlnet": 3}[family]
     for i, text in enumerate(texts):
-        ids = tokenizer(text)["input_ids"]
-        place = ids.index(cls)
-        assert place == (len(ids) - 1 if family == "xlnet" else 0)
-        stream = states(model, ids)
+        stream = states(model, tokenizer(text)["input_ids"])
+        place = -1 if family == "xlnet" else 0
         assert np.abs(first[:, i] - stream[:, place]).max() < 1e-5
         assert np.abs(mean[:, i] - stream.mean(axis=1)).max() < 1e-5
 
@@ -300,8 +287,7 @@ BARE = hf.PreTrainedTokenizerFast(
         ("holds nan, which is no text", {"texts": [("cat", float("nan"))]}),
         ("at least one, and all of a kind", {"texts": []}),
         ("at least one, and all of a kind", {"texts": ["cat", ("cat", "mat")]}),
-        ("at least one, and all of a kind", {"texts": [("the", "cat", "sat")]}),
-        ("max_length is 0: need at least 1", {"max_length": 0}),
+        ("max_length 0 leaves no place", {"max_length": 0}),
     ],
 )
 def test_texts_that_cannot_be_read_are_refused(message, changes):
@@ -310,14 +296,13 @@ def test_texts_that_cannot_be_read_are_refused(message, changes):
         sentence_activations(**{**given, **changes})
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_compact_activations_are_those_of_extraction_wherever_they_are_kept(
-    aggregation, capsys, tmp_path, monkeypatch
+    capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(activations.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(activations, "CHUNK", 30)  # so that there are several
     odd = [["cat"] * 50, [], ["\u200d"], ["on"] * 99]
-    given = tiny_model("bert"), wordpiece(), [*SENTENCES * 8, *odd], aggregation
+    given = tiny_model("bert"), wordpiece(), [*SENTENCES * 8, *odd], "mean"
     with pytest.warns(UserWarning, match="2 of 44 sentences"):
         expected = extract_activations(*given)
         (kept, counts), (mapped, _) = (compact_activations(*given, memory=m) for m in (2**29, 0))

@@ -47,7 +47,7 @@ def planted(neurons: list[tuple[int, int]], words: int = 600, seed: int = 0):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_planted_neurons_are_ranked_first_whatever_classes_are_called(method):
-    for neuron in [(0, 2), (3, 0), (2, 5)]:
+    for neuron in [(0, 2), (3, 0)]:
         ranking = rank_neurons(*planted([neuron]), method=method)
         assert ranking[0] == neuron and sorted(ranking) == EVERYTHING
     activations, labels = planted([(1, 4), (2, 0)])
@@ -91,30 +91,27 @@ def test_the_sweep_on_a_small_matrix_worked_by_hand():
     assert rank_weights(-weight[::-1] * [[2.0], [0.25]]).tolist() == [4, 0, 1, 2, 3, 5]
     # A class without weight has no say, and equal weights fall by position.
     assert rank_weights(np.array([[0.0, 1, 1, 2, 1], [0] * 5])).tolist() == [3, 1, 2, 4, 0]
-
-
-def test_weights_that_are_zero_come_last_in_an_order_that_the_seed_alone_decides():
+    # Weights that are zero come last, in an order that the seed alone decides.
     weight = np.zeros((3, 50))
     weight[1, [30, 7]] = 1.0, 2.0
-    first = rank_weights(weight, seed=4).tolist()
-    assert first[:2] == [7, 30] and sorted(first) == list(range(50))
+    first, again, other = (rank_weights(weight, seed=seed).tolist() for seed in (4, 4, 5))
+    assert first == again != other and first[:2] == [7, 30] and sorted(first) == list(range(50))
     assert first[2:] != sorted(first[2:])
-    assert rank_weights(weight, seed=4).tolist() == first != rank_weights(weight, seed=5).tolist()
 
 
 def test_agreement_is_one_with_itself_minus_one_with_its_reverse_and_chance_with_another():
     ranking = [(layer, index) for layer in range(20) for index in range(100)]
-    other = [ranking[i] for i in np.random.default_rng(0).permutation(len(ranking))]
-    rankings = {"a": ranking, "same": list(ranking), "back": ranking[::-1], "other": other}
-    table = ranking_agreement(rankings, sizes=(10, 1000, 5000)).set_index(["first", "second"])
+    order = np.random.default_rng(0).permutation(len(ranking))
+    rankings = {"a": ranking, "back": ranking[::-1], "other": [ranking[i] for i in order]}
+    table = ranking_agreement(rankings | {"same": ranking}, sizes=(10, 1000, 5000))
+    table = table.set_index(["first", "second"])
     assert list(table.columns) == ["spearman", "overlap_10", "overlap_1000"]
     assert table.loc[("a", "same")].tolist() == pytest.approx([1, 1, 1])
     assert table.loc[("a", "back")].tolist() == pytest.approx([-1, 0, 0])
-    places = [ranking.index(neuron) for neuron in other]
-    spearman = spearmanr(np.argsort(places), range(2000)).statistic
+    spearman = spearmanr(np.argsort(order), range(2000)).statistic
     assert table.loc[("a", "other"), "spearman"] == pytest.approx(spearman)
     assert table.loc[("a", "other"), "overlap_1000"] == pytest.approx(0.5, abs=0.06)
-    with pytest.raises(HealingError, match="'b' does not hold"):
+    with pytest.raises(HealingError, match="must be of the same neurons"):
         ranking_agreement({"a": [(0, 0), (0, 1)], "b": [(0, 0), (0, 0)]})
 
 
@@ -149,9 +146,9 @@ def test_groups_stay_whole():
     assert not set(groups[held]) & set(groups[~held]) and len(set(groups[held])) == 4
     assert not np.array_equal(held, held_out(groups, 200, 0.2, seed=4))
     # What gives a sentence away says nothing of another one's label.
-    sentence = np.arange(400) // 10
-    labels = np.random.default_rng(1).integers(2, size=40)[sentence]
-    x = np.eye(40, dtype=np.float32)[sentence][None]
+    sentence = np.arange(200) // 10
+    labels = np.random.default_rng(1).integers(2, size=20)[sentence]
+    x = np.eye(20, dtype=np.float32)[sentence][None]
     told = minimal_neurons(x, labels, x, labels, l1=3e-3)
     kept = minimal_neurons(x, labels, x, labels, l1=3e-3, groups=sentence)
     assert told.dev_full > 0.95 and kept.dev_full < 0.8
@@ -188,11 +185,6 @@ def test_random_neurons_hang_on_the_seed_and_not_on_the_ranking():
     assert random(EVERYTHING[::-1], 0) == [few, many] != random(EVERYTHING, 1)
 
 
-def test_center_of_mass_is_a_share_of_the_depth():
-    found = [center_of_mass(counts) for counts in ([5, 0, 0], [3, 0, 1], [0, 0, 2], [0, 0], [4])]
-    assert found == pytest.approx([0, 0.25, 1, math.nan, math.nan], nan_ok=True)
-
-
 UNITS = [2, 3, 11]
 
 
@@ -206,8 +198,9 @@ def hooks(model):
     return [[list(m._forward_pre_hooks), list(m._forward_hooks)] for m in model.modules()]
 
 
-@pytest.mark.parametrize("head", ["none", "classification"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "head"), [("bert", "none"), *((f, "classification") for f in sorted(FAMILIES))]
+)
 def test_ablation_changes_the_named_units_of_one_hidden_state_and_nothing_else(family, head):
     batch = tiny_batch()
     values = np.random.default_rng(0).normal(size=(LAYERS + 1, WIDTH)).astype(np.float32)
@@ -246,7 +239,7 @@ def one_unit_classifier(unit: int = 5):
     """A DistilBERT whose answer is the sign of one unit of the last hidden state at [CLS], around
     its median; and examples labelled with just that answer."""
     model = tiny_model("distilbert", "classification")
-    data = random_examples(200)
+    data = random_examples(100)
     with torch.no_grad():
         for linear in (model.pre_classifier, model.classifier):
             linear.weight.zero_()
@@ -275,18 +268,13 @@ def test_ablating_the_unit_that_a_classifier_reads_costs_its_score_and_others_co
     assert at[1, "top"] == pytest.approx(0.5, abs=0.02) and at[1, "bottom"] == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_neuron_that_probes_find_is_the_neuron_that_the_model_uses(method):
+def test_the_neuron_that_probes_find_is_the_neuron_that_the_model_uses():
     model, data = one_unit_classifier()
     with torch.no_grad():
-        states = [
-            torch.stack(model(torch.tensor([ids]), output_hidden_states=True).hidden_states)
-            for ids in data.ids
-        ]
-    first = torch.cat([s[:, :, 0] for s in states], dim=1).numpy()  # (layers, examples, hidden)
-    ranking = rank_neurons(first, data.labels, method=method)
-    table = ablation_scores(model, data, ranking, [1], device="cpu")
-    at = table.set_index("which")["accuracy"]
+        outputs = [model(torch.tensor([i]), output_hidden_states=True) for i in data.ids]
+    first = [torch.stack(output.hidden_states)[:, :, 0] for output in outputs]
+    ranking = rank_neurons(torch.cat(first, dim=1), data.labels)  # (layers, examples, hidden)
+    at = ablation_scores(model, data, ranking, [1], device="cpu").set_index("which")["accuracy"]
     assert ranking[0] == (LAYERS, 5)
     # The last one may lie in an earlier layer and feed the unit a little.
     assert at["top"] < 0.6 < 0.8 < at["bottom"]
@@ -300,20 +288,15 @@ SHORTER = TRAIN[0][:, :, :-1]
     ("function", "change", "message"),
     [
         (rank_neurons, {"method": "gausian"}, "Did you mean 'gaussian'"),
-        (rank_neurons, {"labels": ["a"] * 599}, "labels must be one value a word: 600, got 599"),
         (rank_neurons, {"labels": ["a"] * 600}, "nothing to tell apart"),
         (rank_neurons, {"classes": ["0", "2"]}, "label 1 is not among the classes: 0, 2"),
-        (rank_neurons, {"activations": np.zeros((3, 600))}, "layers, words, features"),
         (rank_neurons, {"activations": np.full((3, 600, 2), np.inf)}, "layer 0 hold values"),
         (rank_neurons, {"seed": -1, "method": "lca"}, "seed -1 is not a whole number from 0 up"),
         (minimal_neurons, {"test_activations": SHORTER}, r"numbers \(4, words, 6\), got .*5"),
         (minimal_neurons, {"delta": -1}, "delta -1"),
-        (minimal_neurons, {"groups": [1, 2, 3]}, "groups must be one value a word: 600, got 3"),
-        (minimal_neurons, {"groups": [1] * 600}, "1 groups"),
         (minimal_neurons, {"groups": [None, 1] * 300}, "groups lack the value of word 0"),
         (minimal_neurons, {"groups": TRAIN[1]}, "one label only"),
         (accuracy_curve, {"sizes": [25]}, "cannot take 25 of 24"),
-        (accuracy_curve, {"sizes": [2.5]}, "cannot take 2.5 of 24"),
         (accuracy_curve, {"ranking": [(-1, 0)]}, r"no neuron \(-1, 0\).* units 0 to 5"),
         (accuracy_curve, {"ranking": [(0, 0), (0, 0)]}, "or it is named twice"),
     ],
