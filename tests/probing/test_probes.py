@@ -167,9 +167,9 @@ def test_the_minimum_lies_within_the_stated_gap(monkeypatch, tagged, correlated,
 
 
 def test_layers_solved_together_in_blocks_or_each_alone_are_the_same_probes(monkeypatch):
-    x, y = planted(words=500, layers=5, layer=2)
+    x, y = planted(words=300, layers=5, layer=2)
     words = [f"w{i % 97}" for i in range(len(y))]
-    given = (x[:, :400], y[:400], x[:, 400:], y[400:], words[:400], words[400:])
+    given = (x[:, :200], y[:200], x[:, 200:], y[200:], words[:200], words[200:])
     calls, solve = [], solver._solve
 
     def counted(given, *rest):
@@ -180,9 +180,10 @@ def test_layers_solved_together_in_blocks_or_each_alone_are_the_same_probes(monk
     tables = []
     for at_once, memory in ((1, 2**31), (2, 2**31), (5, 2**31), (5, 1)):
         # Values of a layer's activations, and of the scores of its two problems.
-        monkeypatch.setattr(solver, "TOGETHER", at_once * 400 * (12 + 2 * 3))
+        monkeypatch.setattr(solver, "TOGETHER", at_once * 200 * (12 + 2 * 3))
         calls.clear()
-        table = probe_layers(*given, tolerance=1e-6, device="cpu", memory=memory, progress=True)
+        settings = {"tolerance": 1e-6, "penalties": (0.1, 0.01), "memory": memory}
+        table = probe_layers(*given, **settings, device="cpu", progress=True)
         assert max(calls) == (1 if memory == 1 else at_once)
         tables.append(table.drop(columns=["iterations", "nonzero"]))
         pd.testing.assert_frame_equal(tables[-1], tables[0])
