@@ -72,10 +72,8 @@ def splits(text: str) -> dict[str, list[tuple[Sentence, int]]]:
 
 
 def sentence_task(name: str) -> dict[str, tuple[list[str], list[int]]]:
-    """Texts and labels (indices into `TASKS[name]`) of each split in `SPLITS`.
-
-    `train` has none of the `held_out()` words, `validation` and `test` draw on the whole lexicon.
-    """
+    """Texts and labels (indices into `TASKS[name]`) of each split in `SPLITS`; `train` has none of
+    the `held_out()` words."""
     choose(name, TASKS, "task of the organism")
     return {
         split: ([sentence.text for sentence, _ in pairs], [label for _, label in pairs])
@@ -90,10 +88,8 @@ def tagged_sentences(split: str) -> list[tuple[list[str], dict[str, list[str]]]]
 
 
 def raw_text(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` sentences without labels, for masked language modelling; the whole lexicon occurs.
-
-    Sentences of the tasks' validation and test splits are left out.
-    """
+    """`count` sentences without labels, for masked language modelling; the whole lexicon occurs,
+    but no sentence of the tasks' validation and test splits."""
     tasks = map(sentence_task, TASKS)
     scored = {t for task in tasks for split in ("validation", "test") for t in task[split][0]}
     writer = Writer(f"raw {seed}", style=RAW)

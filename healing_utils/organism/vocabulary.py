@@ -76,21 +76,14 @@ def forms(category: str, lemma: str, irregular: str) -> tuple[str, ...]:
 
 @cache
 def wordpieces() -> tuple[str, ...]:
-    """The vocabulary, in order of id.
-
-    Special tokens, letters (so that no English word is unknown), suffixes, the lemmas (an adverb
-    in -ly gives its stem), then whole every form that would not split into a stem and a suffix.
-    """
+    """The vocabulary, in order of id: special tokens, letters (so that no English word is unknown),
+    suffixes, the lemmas (an adverb in -ly gives its stem), then whole every form that would not
+    split into a stem and a suffix."""
     letters = string.ascii_lowercase + string.digits
     entries = [(name, *pair) for name, pairs in lexicon().items() for pair in pairs]
-    stems = (
-        lemma.removesuffix("ly") if category.startswith("adverb") else lemma
-        for category, lemma, _ in entries
-    )
-    pieces = dict.fromkeys(
-        [*SPECIAL, *letters, *(f"##{c}" for c in letters), *string.punctuation, *SUFFIXES,
-         *map(str.lower, stems)]
-    )  # fmt: skip
+    stems = [e[1].removesuffix("ly") if e[0].startswith("adverb") else e[1] for e in entries]
+    first = [*SPECIAL, *letters, *(f"##{c}" for c in letters), *string.punctuation, *SUFFIXES]
+    pieces = dict.fromkeys([*first, *map(str.lower, stems)])
     for form in [form.lower() for entry in entries for form in forms(*entry)]:
         stem = next(form[:end] for end in range(len(form), 0, -1) if form[:end] in pieces)
         ending = "##" + form.removeprefix(stem)

@@ -118,13 +118,13 @@ def _reading(model: nn.Module, device: str | torch.device | None) -> Iterator[nn
     base.to(device)
     if device.type == "cpu":
         keep_freed_memory()
-    modes = {module: module.training for module in base.modules()}
+    training = [module for module in base.modules() if module.training]
     base.eval()
     try:
         yield base
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def _states(
@@ -283,12 +283,11 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int = UNLIM
         if not sentence:
             continue
         tokens, numbers = (np.array(a, dtype=np.int64) for a in (encoding.ids, encoding.word_ids))
-        missing = np.setdiff1d(np.arange(len(sentence)), numbers)
-        places = np.searchsorted(numbers, missing)
-        tokens = np.insert(tokens, places, tokenizer.unk_token_id)
-        numbers = np.insert(numbers, places, missing)
-        unknown += len(np.unique(numbers[tokens == tokenizer.unk_token_id]))
-        count = np.bincount(numbers)  # subwords a word
+        count = np.bincount(numbers, minlength=len(sentence))  # subwords a word
+        missing = np.flatnonzero(count == 0)
+        unknown += len(missing) + len(set(numbers[tokens == tokenizer.unk_token_id]))
+        tokens = np.insert(tokens, np.searchsorted(numbers, missing), tokenizer.unk_token_id)
+        count[missing] = 1
         if count.max() > budget:
             word = int(count.argmax())
             raise HealingError(

@@ -103,8 +103,7 @@ def labelled(
         if (labels.dtype.kind == "U") != (train.labels.dtype.kind == "U"):
             raise HealingError(f"labels are {train.labels.dtype} but test labels {labels.dtype}")
     names = np.unique(labels) if classes is None else np.asarray(classes)
-    number = {name: i for i, name in enumerate(names.tolist())}
-    ids = np.array([number.get(label, -1) for label in labels.tolist()])
+    ids = pd.Index(names).get_indexer(labels)
     if train is None and (ids < 0).any():
         known = ", ".join(map(str, names[:10]))
         raise HealingError(f"label {labels[ids < 0][0]!s} is not among the classes: {known}")
@@ -163,12 +162,11 @@ def control_labels(words: Iterable[str], frequencies: Sequence[float], seed: int
 
 @dataclass
 class Probes(Solution):
-    """Probes of one layer for the classes `names`. Weights act on ``(x - mean) / scale``: mean and
-    standard deviation over the training words, (features,), 1 of a feature that is constant."""
+    """Probes of one layer for the classes `names`, with weights of ``(x - mean) / scale``."""
 
     names: np.ndarray
-    mean: torch.Tensor
-    scale: torch.Tensor
+    mean: torch.Tensor  # over the training words, (features,)
+    scale: torch.Tensor  # their standard deviation, 1 of a feature that is constant
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, (probes, words, classes), of `x` (words, features), standardised in place."""
