@@ -194,20 +194,14 @@ def forward(model, batch):
     return [h.clone() for h in out.hidden_states], out[0]
 
 
-def hooks(model):
-    return [[list(m._forward_pre_hooks), list(m._forward_hooks)] for m in model.modules()]
-
-
 @pytest.mark.parametrize(
     ("family", "head"), [("bert", "none"), *((f, "classification") for f in sorted(FAMILIES))]
 )
 def test_ablation_changes_the_named_units_of_one_hidden_state_and_nothing_else(family, head):
-    batch = tiny_batch()
+    batch, model = tiny_batch(), tiny_model(family, head)
     values = np.random.default_rng(0).normal(size=(LAYERS + 1, WIDTH)).astype(np.float32)
     others = [i for i in range(WIDTH) if i not in UNITS]
-    model = tiny_model(family, head)
     whole, answer = forward(model, batch)
-    before = hooks(model)
     for layer in range(LAYERS + 1):
         named = [(layer, unit) for unit in UNITS]
         # Never called before: transformers adds its own recording hooks in the first call.
@@ -228,9 +222,7 @@ def test_ablation_changes_the_named_units_of_one_hidden_state_and_nothing_else(f
             assert not torch.allclose(changed, answer, atol=1e-6)
         assert torch.equal(first[1], changed) and all(map(torch.equal, first[0], got))
         with pytest.raises(KeyError), ablate(model, named):
-            assert hooks(model) != before
             raise KeyError
-        assert hooks(model) == before
         again, same = forward(model, batch)
         assert torch.equal(same, answer) and all(map(torch.equal, again, whole))
 
@@ -264,8 +256,8 @@ def test_ablating_the_unit_that_a_classifier_reads_costs_its_score_and_others_co
     # One value for all examples, whichever: no information is left.
     values = np.full((LAYERS + 1, WIDTH), 3.0)
     table = ablation_scores(model, data, ranking, [1], values=values, device="cpu")
-    at = table.set_index(["k", "which"])["accuracy"]
-    assert at[1, "top"] == pytest.approx(0.5, abs=0.02) and at[1, "bottom"] == 1
+    at = table.set_index("which")["accuracy"]
+    assert at["top"] == pytest.approx(0.5, abs=0.02) and at["bottom"] == 1
 
 
 def test_the_neuron_that_probes_find_is_the_neuron_that_the_model_uses():

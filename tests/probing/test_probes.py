@@ -102,7 +102,7 @@ def test_penalties_of_one_call_are_those_of_one_at_a_time_from_any_start():
 
 
 def test_the_order_of_words_does_not_matter_and_equal_calls_are_equal():
-    (x,), y = planted(layers=1, layer=0)
+    (x,), y = planted(words=300, layers=1, layer=0)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     once, again = (fit(x, y, 0.003, tolerance=1e-6)[0] for _ in range(2))
     assert torch.equal(state[0], torch.get_rng_state())
