@@ -7,6 +7,7 @@ weights as one that was not, at the same number of threads.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import platform
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from healing_utils.base.errors import HealingError
 from healing_utils.base.progress import Progress
 from healing_utils.base.records import write_atomically
 
@@ -85,7 +87,8 @@ def pretrain(
 
     `sentences` raw sentences are gone through again and again, masked anew each time. While it
     trains, `out/checkpoint.pt` holds what is needed to go on; calling again with the same arguments
-    does so, with others begins anew. Returns what `out/training.json` records."""
+    does so. Returns what `out/training.json` records. Raises HealingError when `out` holds a
+    checkpoint of another plan."""
     from transformers import BertConfig, BertForMaskedLM
 
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -108,8 +111,13 @@ def pretrain(
         lr=RATE["peak"], betas=(0.9, 0.98), weight_decay=0.0, fused=True,
     )  # fmt: skip
     start, recent = 0, 0.0
-    saved = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else {"plan": None}
-    if saved["plan"] == plan:
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if different := [name for name in plan if saved["plan"].get(name) != plan[name]]:
+            raise HealingError(
+                f"{checkpoint} belongs to a pre-training with another {' and '.join(different)}; "
+                "finish that one, or choose another folder"
+            )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start, recent = saved["step"], saved["recent"]
@@ -143,9 +151,11 @@ def pretrain(
     # The checkpoint goes last: a run that is killed while it saves comes back here.
     model.save_pretrained(out)
     words.save_pretrained(out)
+    weights = (Path(out) / "model.safetensors").read_bytes()
     record = {
         **plan, "loss": round(recent, 4), "parameters": model.num_parameters(),
         "python": platform.python_version(), "torch": torch.__version__.partition("+")[0],
+        "sha256": hashlib.sha256(weights).hexdigest(),
     }  # fmt: skip
     write_atomically(Path(out) / "training.json", json.dumps(record, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)

@@ -340,18 +340,19 @@ def cut_windows(ends: np.ndarray, budget: int) -> list[tuple[int, int, np.ndarra
     shorter of its two sides; one that reaches the sentence's own edge is not short.
     """
     words, first, stop, places = len(ends) - 1, 0, 0, []
+    best, owner = np.full(words, -1.0), np.zeros(words, dtype=np.int64)
     while stop < words:
         stop = int(np.searchsorted(ends, ends[first] + budget, side="right")) - 1
-        if stop == words and first:
-            first = int(np.searchsorted(ends, ends[-1] - budget))
-        places.append((first, stop))
-        if stop < words:  # with room for one word more
+        if stop < words:
             half, new = np.searchsorted(ends, [ends[first] + budget // 2, ends[stop + 1] - budget])
-            first = min(max(int(half), int(new), first + 1), stop)
-    context = np.full((len(places), words), -1.0)
-    for own, (first, stop) in zip(context, places, strict=True):
+        elif first:
+            first = int(np.searchsorted(ends, ends[-1] - budget))
         left = ends[first:stop] - ends[first] if first else np.inf
         right = ends[stop] - ends[first + 1 : stop + 1] if stop < words else np.inf
-        own[first:stop] = np.minimum(left, right)
-    owner = context.argmax(axis=0)
+        context, own = np.minimum(left, right), owner[first:stop]
+        own[context > best[first:stop]] = len(places)
+        best[first:stop] = np.maximum(context, best[first:stop])
+        places.append((first, stop))
+        if stop < words:  # with room for one word more
+            first = min(max(int(half), int(new), first + 1), stop)
     return [(*place, np.flatnonzero(owner == number)) for number, place in enumerate(places)]

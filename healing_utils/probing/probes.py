@@ -114,7 +114,10 @@ def labelled(
 
 def column(values: Any, words: int, what: str) -> np.ndarray:
     """`values` as an array (words,)."""
-    values = np.asarray(values)
+    try:
+        values = np.asarray(values)
+    except ValueError:  # lists of unequal lengths
+        values = np.empty(0)
     if values.shape != (words,):
         raise HealingError(f"{what} must be one value a word: {words}, got {values.size}")
     if (missing := pd.isna(values)).any():
