@@ -199,18 +199,15 @@ def load_answers(run: str | Path) -> dict[str, np.ndarray]:
     return {key: np.frombuffer(x.encode(), np.uint8) - ord("0") for key, x in right.items()}
 
 
-def load_similarity(
-    run: str | Path, stage: str = "corruption", state: str = "broken"
-) -> pd.DataFrame:
+def load_similarity(run: str | Path, stage: str = "corruption") -> pd.DataFrame:
     """Similarity of broken to intact representations: ``layer measure similarity`` beside what
     names the cell, a row a layer (0 is the embeddings) and measure (cosine, cka, stream); of the
-    stage `corruption` or `harms`. The state ``untrained`` of `corruption` is the floor."""
+    stage `corruption`, where the state ``untrained`` is the floor, or of `harms`."""
 
     def layers(record: Record) -> Iterable[Record]:
-        if record["cell"]["state"] == state:
-            for measure, values in record["result"].get("similarity", {}).items():
-                for layer, value in enumerate(values):
-                    yield {"layer": layer, "measure": measure, "similarity": value}
+        for measure, values in record["result"].get("similarity", {}).items():
+            for layer, value in enumerate(values):
+                yield {"layer": layer, "measure": measure, "similarity": value}
 
     what = "broken models: run 02_corruption"
     return _load(run, [stage], [*_PLACE, "layers"], what, layers)
