@@ -30,16 +30,14 @@ KEPT_STATES = 256 << 20  # bytes of an intact model's states, the most that are 
 
 def _intact(study: Any, cell: Cell) -> dict[str, Any]:
     p, data = study.settings(cell), study.task(cell.task)
-    model, _ = _begin(study, cell)
+    model = _load(study, cell)
     table = model.get_input_embeddings().weight.detach().cpu().numpy()  # before it is trained
     means = floors.static_means(study.tokenizer(cell.model), table, p["max_length"])
     given = (*study.draw(cell), data.test, data.num_labels)
     with threadpool_limits(p["threads"]):  # with other threads, sums round otherwise
         floor = {"tfidf": floors.tfidf(*given), "static": floors.static(*given, means)}
-    result = _train(study, cell, model)
-    found = models.loaded(cell.model, p["model_revision"])
-    stream = passing_stream(model, study.sample(cell))
-    return {**result, "floors": floor, "stream": stream, **found}
+    found = _train(study, cell, model) | models.loaded(cell.model, p["model_revision"])
+    return found | {"floors": floor, "stream": passing_stream(model, study.sample(cell))}
 
 
 def _broken(study: Any, cell: Cell) -> dict[str, Any]:
@@ -47,17 +45,17 @@ def _broken(study: Any, cell: Cell) -> dict[str, Any]:
     changed = _break(cell, broken)
     if changed:  # else layers were taken out: there are not as many to compare
         changed["similarity"] = similarity(study, cell, broken)
-    return {**_score(study, cell, broken), **changed}
+    return _score(study, cell, broken) | changed
 
 
 def _untrained(study: Any, cell: Cell) -> dict[str, Any]:
     model = _load(study, cell).to(study.device).eval()
-    return {**_score(study, cell, model), "similarity": similarity(study, cell, model)}
+    return _score(study, cell, model) | {"similarity": similarity(study, cell, model)}
 
 
 def _trained(study: Any, cell: Cell) -> dict[str, Any]:
     model, changed = _begin(study, cell)
-    return {**_train(study, cell, model), **changed}
+    return _train(study, cell, model) | changed
 
 
 COMPUTE = {
@@ -159,11 +157,8 @@ def _corrupt(cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
     by_role = report.to_frame().groupby("role")["relative_change"].mean()
     change = {role: round(float(v), 5) for role, v in by_role.items() if math.isfinite(v)}
     told = {"tensors": len(report.tensors), "values": report.elements, "relative_change": change}
-    if report.not_finite:
-        told["not_finite"] = report.not_finite
-    if report.cannot_heal:
-        told["cannot_heal"] = True
-    return {"changed": told}
+    unusual = {"not_finite": report.not_finite, "cannot_heal": report.cannot_heal}
+    return {"changed": told | {name: value for name, value in unusual.items() if value}}
 
 
 # -- training and scoring --------------------------------------------------------------------------
@@ -195,8 +190,8 @@ def _train(study: Any, cell: Cell, model: torch.nn.Module, keep: bool = False) -
         if cell.plain and cell.state == "intact":
             raise
         done, told = error.training, {"diverged": str(error)}
-    for name in ("steps", "skipped_steps", "max_tokens", "precision", "shortcut", "curve"):
-        told[name] = getattr(done, name)
+    names = ("steps", "skipped_steps", "max_tokens", "precision", "shortcut", "curve")
+    told |= {name: getattr(done, name) for name in names}
     scored = _score(study, cell, model)
     if keep or keeps_weights(study, cell):  # they may be deleted any time
         tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}

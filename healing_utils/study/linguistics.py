@@ -108,12 +108,9 @@ def _ablation(
     scores = neurons.ablation_scores(
         model, test, ranking, sizes, values=means, seed=cell.seed, device=study.device
     )
-    whole = evaluate(model, test, device=study.device)[metric]
-    rows = [{"k": 0, "which": "none", metric: whole}, *scores.to_dict("records")]
-    return [
-        {"k": row["k"], "which": row["which"], "score": row[metric], "metric": metric}
-        for row in rows
-    ]
+    whole = pd.DataFrame([{"k": 0, "which": "none"} | evaluate(model, test, device=study.device)])
+    rows = pd.concat([whole, scores]).rename(columns={metric: "score"}).assign(metric=metric)
+    return rows[["k", "which", "score", "metric"]].to_dict("records")
 
 
 COMPUTE = {"probing": _probe, "neurons": _neurons}
@@ -126,14 +123,12 @@ def probe_task(
     model: torch.nn.Module, tokenizer: Any, task: TaskData, pooling: str = "first", *,
     seed: int = 0, train_size: int | None = None, **settings: Any,
 ) -> pd.DataFrame:  # fmt: skip
-    """What each layer tells about whole sentences: probes for any task of the project.
+    """What each layer tells about whole sentences: `probe_layers`' table, without selectivity, as a
+    control task needs word types.
 
     A sentence is the state of its first token ([CLS], wherever the tokenizer puts it) or the
-    ``mean`` over its tokens. The training sentences are those that `seed` draws, all of them where
-    `train_size` is None; scored are the task's test sentences. Returns `probe_layers`' table, a row
-    a layer, without selectivity: a control task needs word types. Raises HealingError for a
-    regression task.
-    """
+    ``mean`` over its tokens; `train_size` training sentences (None: all) are drawn by `seed`.
+    Raises HealingError for a regression task."""
     if task.regression:
         raise HealingError(f"task {task.name!r} is a regression: a probe needs classes")
     given = []
@@ -153,19 +148,18 @@ def score_networks(study: Any) -> None:
 
 def reading_notes(study: Any) -> list[str]:
     """What a reader of the `Study`'s probing table should know of how words were read, a line a
-    corpus column."""
+    corpus column and model."""
     notes: dict[tuple[Any, ...], str] = {}
     for cell in study.plan("probing"):
         record, of = study.store.read(cell.stage, cell.key), (cell.model, cell.corpus, cell.column)
-        read = record["result"].get("read") if record else None
-        if not read or of in notes:
+        if record is None or of in notes:
             continue
+        read = record["result"]["read"]
         words = f"{read['train_words']:,} training and {read['test_words']:,} test words"
         said = [f"{cell.corpus} {cell.column}, {cell.model}, seed {cell.seed}: {words}"]
+        unseen = "test words with labels unseen in training count as errors"
         counts = {f"{what} left out": count for what, count in read["dropped"].items()} | {
-            "test words with labels unseen in training count as errors": sum(
-                read["unseen"].values()
-            ),
+            unseen: sum(read["unseen"].values()),
             "sentences were read in several windows": read["windowed"],
             "words are unknown to the tokenizer": read["unknown"],
         }

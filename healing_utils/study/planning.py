@@ -2,13 +2,12 @@
 
 A grid has the fields of `parameters.Scan`, and its cells are the product of their values. What a
 scan trains makes the stage `scans`; what it scores broken, the untrained partners of what it heals
-included, the stage `harms`. A cell that several grids name is the same cell, computed once.
-"""
+included, the stage `harms`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -51,18 +50,24 @@ def plan(study: Any, stage: str) -> list[Cell]:
         return [c for c in _scanned(study) if (c.state == "broken") == (stage == "harms")]
     networks = _networks(study, stage)
     if stage == "networks":
-        return list({cell.key: cell for cell in networks if cell.stage}.values())
+        return once(cell for cell in networks if cell.stage)
     return [cell for network in networks for cell in _probes(study, stage, network)]
+
+
+def once(planned: Iterable[Cell]) -> list[Cell]:
+    """Each cell where it is first named."""
+    found: dict[str, Cell] = {}
+    for cell in planned:
+        found.setdefault(cell.key, cell)
+    return list(found.values())
 
 
 def by_unit(planned: list[Cell]) -> list[Cell]:
     """Each cell once, by seed and task, and of these what is trained before what is broken, and
     that before what is probed: so that models are looked into where and when they were made."""
-    each = {cell.key: cell for cell in reversed(planned)}
-    each = {cell.key: each[cell.key] for cell in planned}
     tasks = list(dict.fromkeys(cell.task for cell in planned))
     turn = {"corruption": 1, "probing": 2, "neurons": 3}
-    return sorted(each.values(), key=lambda c: (c.seed, tasks.index(c.task), turn.get(c.stage, 0)))
+    return sorted(once(planned), key=lambda c: (c.seed, tasks.index(c.task), turn.get(c.stage, 0)))
 
 
 # -- one cell --------------------------------------------------------------------------------------
@@ -158,11 +163,13 @@ def needs(study: Any, cell: Cell) -> set[str]:
 
 def keeps_weights(study: Any, cell: Cell) -> bool:
     """Whether a cell's model stays in the run's folder, to be broken or looked into."""
-    if cell.state == "intact" and cell.corpus is None:
+    if cell.corpus is not None:
+        return False
+    if cell.state == "intact":
         return cell.plain or cell.key in {c.key for c in _scanned(study, probed=True)}
-    wanted = cell.state == "healed" and cell.task in study.healed_tasks and cell.corpus is None
-    there = cell.plain and cell.kind == "reinit" and cell.side not in CONTROLS
-    return wanted and there and cell.level in _levels(study)
+    wanted = cell.state == "healed" and cell.task in study.healed_tasks and cell.plain
+    there = cell.kind == "reinit" and cell.side not in CONTROLS and cell.level in _levels(study)
+    return wanted and there
 
 
 # -- grids -----------------------------------------------------------------------------------------
@@ -170,10 +177,10 @@ def keeps_weights(study: Any, cell: Cell) -> bool:
 
 def _main_grid(study: Any) -> dict[str, Any]:
     p = study.parameters
-    several = {name: p[name] for name in ("task", "seeds", "sides", "levels", "kind")}
+    same = ("task", "seeds", "sides", "levels", "kind", "init_levels")
     single = {name: [p[name]] for name in ("part", "start", "recipe")}
     layers = None if p["layers"] is None else [p["layers"]]
-    return SCAN | several | single | {"layers": layers, "init_levels": p["init_levels"]}
+    return SCAN | {name: p[name] for name in same} | single | {"layers": layers}
 
 
 def corruptions(study: Any, model: str) -> list[Place]:
@@ -256,11 +263,10 @@ def _levels(study: Any) -> set[float]:
 def _networks(study: Any, stage: str) -> list[Cell]:
     """The models that a stage looks into; those before any fine-tuning are of no stage."""
     p, tasks = study.parameters, study.parameters["probe_tasks"] or study.parameters["task"]
-    there = {parse_level(level) for level in p["levels"]}
-    for level in p["probe_levels"]:
-        if p["layers"] is None and parse_level(level) not in there:
-            known = ", ".join(p["levels"])
-            raise HealingError(f"probe_levels has {level!r}, which is not in levels: {known}")
+    lost = _levels(study) - {parse_level(level) for level in p["levels"]}
+    if lost and p["layers"] is None:
+        known, asked = (", ".join(p[name]) for name in ("levels", "probe_levels"))
+        raise HealingError(f"probe_levels ({asked}) are not all in levels: {known}")
     found: list[Cell] = []
     for model, seed in product(p["probe_models"] or p["model"], p["seeds"]):
         known = {"state": "pretrained", "model": models.identity(model, p["model_revision"])}
@@ -282,10 +288,8 @@ def _networks(study: Any, stage: str) -> list[Cell]:
                     found.append(task_cell(study, state, model, task, seed, *place))
     if stage != "neurons":
         known = {cell.key for cell in found}
-        for cell in _scanned(study, probed=True):
-            if cell.key not in known:  # two scans may name one model
-                known.add(cell.key)
-                found.append(cell)
+        scanned = once(_scanned(study, probed=True))
+        found += [cell for cell in scanned if cell.key not in known]
     return found
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -136,13 +137,13 @@ class Study:
         as `run` does, and where Ray is not there."""
         self.store.begin()
         self.store.sweep()
-        each = {cell.key: cell for cell in cells}  # scans may share a cell
-        todo = [cell for cell in each.values() if self.store.read(cell.stage, cell.key) is None]
+        cells = planning.once(cells)  # scans may share one
+        todo = [cell for cell in cells if self.store.read(cell.stage, cell.key) is None]
         workers, failures = self.parameters["workers"], []
         if executor is None and workers == 1:  # so that no further process is on its GPU
             executor = "in-process"
-        found = len(each) - len(todo)
-        with Progress(len(each), what, "cell", found) as bar, contextlib.ExitStack() as opened:
+        found = len(cells) - len(todo)
+        with Progress(len(cells), what, "cell", found) as bar, contextlib.ExitStack() as opened:
             bar.update(0, note=f"{found} found finished")
             if not todo:
                 return
@@ -164,12 +165,12 @@ class Study:
                 failures += [(cell, error)] if error else []
                 bar.update(1)
         for cell, error in failures:
-            print(f"--- {cell.name} ---", file=sys.stderr)
-            print("\n".join(getattr(error, "__notes__", [])) or error, file=sys.stderr)
+            notes = getattr(error, "__notes__", [error])
+            print(f"--- {cell.name} ---", *notes, sep="\n", file=sys.stderr)
         if failures:
             cell, error = failures[0]
             raise HealingError(
-                f"{len(failures)} of {len(each)} cells of {what} failed; the others are kept. "
+                f"{len(failures)} of {len(cells)} cells of {what} failed; the others are kept. "
                 f"First: {cell.name}: {error}"
             )
 
@@ -296,15 +297,12 @@ class Study:
             # The test examples are the same for every seed.
             test = {k[:3]: e[2] for k, e in self._examples.items()}.get(key[:3])
             self._examples.clear()  # one at a time: several full data sets would not fit
-
-            def encoded(split: Split) -> Encoded:
-                return encode(
-                    tokenizer, split.texts, split.labels, p["max_length"], data.regression
-                )
-
-            train, validation = self.draw(cell)
-            held_out = encoded(validation) if validation else None
-            self._examples[key] = encoded(train), held_out, test or encoded(data.test)
+            how = {"max_length": p["max_length"], "regression": data.regression}
+            *drawn, scored = (
+                encode(tokenizer, split.texts, split.labels, **how) if split else None
+                for split in (*self.draw(cell), None if test else data.test)
+            )
+            self._examples[key] = *drawn, test or scored
         return self._examples[key]
 
     def sample(self, cell: Cell) -> Encoded:
@@ -325,13 +323,13 @@ class Study:
     def sources(self) -> list[tuple[str, str | None]]:
         """(corpus, column) pairs: of one corpus every column, of several the one at its place."""
         corpora, columns = self.parameters["corpus"], self.parameters["column"] or [None]
-        sizes = len(corpora), len(columns)
-        if sizes[0] != sizes[1] and 1 not in sizes:
+        if 1 in (len(corpora), len(columns)):
+            return list(product(corpora, columns))
+        if len(corpora) != len(columns):
             raise HealingError(
-                f"corpus names {sizes[0]} corpora and column {sizes[1]} columns: need one column "
-                "for each, one for all, or a single corpus"
+                f"corpus names {len(corpora)} corpora and column {len(columns)} columns: need one "
+                "column for each, one for all, or a single corpus"
             )
-        corpora, columns = corpora * (max(sizes) // sizes[0]), columns * (max(sizes) // sizes[1])
         return list(zip(corpora, columns, strict=True))
 
     def whole_corpus(self, name: str, column: str | None) -> Corpus:
@@ -350,8 +348,7 @@ class Study:
 def processor() -> str:
     """The processor's model where the system tells it, else its kind."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return f"{platform.machine()}, {value.strip()}"
+        said = Path("/proc/cpuinfo").read_text("utf-8")
+        if named := re.search(r"^model name\s*: (.*)", said, re.MULTILINE):
+            return f"{platform.machine()}, {named[1].strip()}"
     return platform.processor() or platform.machine()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CUES
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from healing_utils.healing import floors, models
@@ -99,10 +99,8 @@ def test_broken_is_the_fine_tuned_model_corrupted_and_not_trained_again(finished
 def test_an_untrained_network_is_scored_and_compared_as_it_begins(finished):
     study = finished.study
     cell = next(c for c in study.plan("corruption") if c.state == "untrained")
-    network, found = (
-        models.load_classifier(cell.model, 2, cell.seed, scratch=True),
-        result(study, cell),
-    )
+    network = models.load_classifier(cell.model, 2, cell.seed, scratch=True)
+    found = result(study, cell)
     assert evaluate(network, by_hand(study, cell.seed)[1], device="cpu") == found["scores"]
     stream = found["similarity"]["stream"]
     assert stream == passing_stream(network, study.sample(cell))
@@ -119,13 +117,9 @@ def test_healed_is_the_pretrained_model_corrupted_then_trained_and_scratch_a_ran
     if state == "healed":
         corrupt(model, kind=cell.kind, seed=cell.seed, layers=list(cell.layers))
     train, validation, test = study.examples(cell)
-    recipe = {n: study.parameters[n] for n in RECIPE if n != "max_length"} | {
-        name: study.settings(cell)[name] for name in ("epochs", "learning_rate")
-    }
-    done = fine_tune(
-        model, train, validation, seed=cell.seed, device="cpu", progress=False, **recipe
-    )  # fmt: skip
-    found = result(study, cell)
+    recipe = {n: study.settings(cell)[n] for n in RECIPE if n != "max_length"}
+    recipe |= {"seed": cell.seed, "device": "cpu", "progress": False}
+    done, found = fine_tune(model, train, validation, **recipe), result(study, cell)
     assert found["losses"] == [round(loss, 5) for loss in done.losses]
     assert evaluate(model, test, device="cpu") == found["scores"]
 
@@ -163,17 +157,13 @@ def test_broken_is_the_same_whatever_was_broken_before(finished, tiny, monkeypat
 
 def test_broken_does_not_need_the_saved_weights(copied, capsys):
     cell = copied.plan("corruption")[0]
-    intact = next(c for c in copied.plan("baseline") if c.seed == cell.seed)
+    intact = planning.intact_of(copied, cell)
     weights = copied.store.weights_path(intact.key)
     saved = weights.read_bytes()
     flipped = bytearray(saved)
     flipped[len(saved) // 2] ^= 1  # one bit of a value
-    header = saved.replace(b"query", b"queri", 1)
     of_another = next(p for p in weights.parent.iterdir() if p != weights).read_bytes()
-    for damage in (
-        None, b"", saved[: len(saved) // 2], save({"x": torch.zeros(2)}), flipped, header,
-        of_another,
-    ):  # fmt: skip
+    for damage in (None, saved[: len(saved) // 2], flipped, of_another):
         weights.unlink() if damage is None else weights.write_bytes(damage)
         copied.intact_models.clear()
         assert computed(copied, cell) == result(copied, cell)
@@ -185,7 +175,6 @@ def test_broken_does_not_need_the_saved_weights(copied, capsys):
     copied.store.weights_path(healed.key).unlink()
     again = compute.network(copied, healed).state_dict()
     assert all(torch.equal(kept[name], again[name]) for name in kept)
-    assert copied.store.weights_path(healed.key).exists()
 
 
 # -- scans -----------------------------------------------------------------------------------------

@@ -51,34 +51,23 @@ def test_the_stages_have_the_planned_cells(tiny):
 
 def test_a_kept_plan_names_its_cells(tiny):
     study = tiny()
-    everything = study.keep_plans()
-    model, task = study.parameters["model"][0], study.parameters["task"][0]
-    names = {cell.name for cell in everything}
-    bottom, every = "healed bottom 1/3 reinit seed 0", "healed all layers reinit seed 1"
-    for said in (bottom, every, "scratch seed 1"):
-        assert f"{model} {task} {said}" in names
-    found = set()
-    for stage in (*STAGES, "harms", "scans", "probing", "neurons"):
-        kept = json.loads((study.run_folder / "plans" / f"{stage}.json").read_text())
-        planned = study.plan(stage)
-        cells = [
-            {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()} for c in planned
-        ]
-        assert kept == json.loads(canonical({"stage": stage, "cells": cells}))
-        found |= {c.key for c in planned}
-    assert {c.key for c in everything} == found
+    names, kept = {cell.name for cell in study.keep_plans()}, []
+    for path in (study.run_folder / "plans").iterdir():
+        kept += [cell["name"] for cell in json.loads(path.read_text())["cells"]]
+    assert names == set(kept)
+    of = f"{study.parameters['model'][0]} {study.parameters['task'][0]}"
+    for said in ("healed bottom 1/3 reinit seed 0", "healed all layers reinit seed 1"):
+        assert f"{of} {said}" in names
 
 
 @pytest.mark.parametrize(
     ("changes", "grid"),
     [
-        # Of three layers, 1/2 rounds half up to two, as does 2/3; 0.4 to one, as does 1/3.
+        # Of three layers, 1/2 rounds half up to two, as does 2/3.
         ({"levels": ["1/2", "2/3"]}, {("bottom", (0, 1)), ("top", (1, 2))}),
-        ({"levels": "1/3,0.4", "sides": "top"}, {("top", (2,))}),
         ({"levels": ["1/3"], "kind": "init", "init_levels": ["1/3"]},
          {("bottom", (0,)), ("top", (2,))}),
         ({"layers": "2,0"}, {("custom", (0, 2))}),
-        ({"levels": []}, set()),
         ({"part": "embeddings", "kind": "noise=0.5"}, {("none", ())}),
     ],
 )  # fmt: skip
@@ -98,7 +87,7 @@ def test_cells_of_the_same_layers_are_one(tiny, changes, grid):
         ({"model": "/no/where"}, "baseline", "cannot load model"),
         ({"epochs": {"elsewhere": 1}}, "baseline", "epochs is given for elsewhere and not for"),
         ({"part": "pooler", "head": "mean"}, "corruption", "has no pooler"),
-        ({"probe_levels": "1/2"}, "probing", "'1/2', which is not in levels: 1/3, 1"),
+        ({"probe_levels": "1/2"}, "probing", "\\(1/2\\) are not all in levels: 1/3, 1"),
         ({"part": "embeddings", "recipe": "drop"}, "scans", "recipe 'drop' is for layers"),
         ({"levels": 1, "recipe": "drop"}, "scans", "recipe 'drop' needs a healthy layer"),
         ({"seeds": [0, 7]}, "scans", "seed 7 is not among the study's"),
@@ -128,23 +117,20 @@ def test_what_does_not_go_together_is_refused_when_planning(tiny, changes, stage
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_a_key_changes_with_every_determinant(tiny, change):
-    try:
-        assert not keys(tiny()) & keys(tiny(**change))
-    finally:
-        torch.set_num_threads(1)
+    assert not keys(tiny()) & keys(tiny(**change))
+    torch.set_num_threads(1)
 
 
 def test_a_key_changes_with_model_data_state_and_numerics(tiny, tmp_path, monkeypatch):
-    study, mixed = tiny(), {"precision": "bfloat16"}
-    before, task = keys(study), write_planted_task(tmp_path / "task")
+    study, task = tiny(), write_planted_task(tmp_path / "task")
+    before, lower = keys(study), keys(tiny(precision="bfloat16"))
     assert keys(tiny(task=str(task))) == before
     write_planted_task(task, seed=5)  # the same file in the same process
-    other = {"model": str(save_tiny_bert(tmp_path / "model", seed=1))}, {"task": str(task)}
-    for found in (*(keys(tiny(**change)) for change in other), keys(study, "corruption")):
+    model = save_tiny_bert(tmp_path / "model", seed=1)
+    for found in (keys(tiny(model=str(model))), keys(tiny(task=str(task))), keys(study, STAGES[1])):
         assert not before & found
-    lower = keys(tiny(**mixed))
     monkeypatch.setattr(cells, "MIXED_NUMERICS", cells.MIXED_NUMERICS + 1)
-    assert before == keys(tiny()) and not lower & keys(tiny(**mixed))
+    assert before == keys(tiny()) and not lower & keys(tiny(precision="bfloat16"))
     monkeypatch.setattr(cells, "NUMERICS", cells.NUMERICS + 1)
     assert not before & keys(tiny())
 
@@ -186,8 +172,6 @@ def test_a_scan_is_the_product_of_its_fields(finished):
     assert {(c.part, c.side, c.layers) for c in of(cells, "parts")} == {
         ("attention", "bottom", (0,)), ("embeddings", "none", ()),
     }  # fmt: skip
-    assert {c.recipe for c in of(cells, "recipes")} == {"drop", "distillation"}
-    assert {c.start for c in of(cells, "deployed")} == {"fine-tuned"}
     assert {(c.state, c.settings) for c in of(cells, "price")} == {
         (state, settings)
         for state in ("intact", "scratch")
@@ -198,7 +182,8 @@ def test_a_scan_is_the_product_of_its_fields(finished):
     }  # fmt: skip
     layers = {c.side: len(c.layers) for c in of(cells, "controls")}
     assert layers == {"random": 1, "scattered": 3}
-    harms = finished.study.plan("harms")  # what is healed has a broken partner, unless told not to
+    # What is healed has a broken partner, unless told not to.
+    harms = finished.study.plan("harms")
     assert {c.state for c in harms} == {"broken"}
     assert {c.scan for c in harms} == {
         "layers", "kinds", "parts", "controls", "deployed", "shown", "far",
@@ -226,12 +211,9 @@ def test_every_choice_has_a_key_of_its_own_and_the_main_grid_s_cells_are_the_sam
 def test_a_scan_may_set_a_training_task_by_task(tiny, folder):
     tasks = [str(folder / "task"), str(write_planted_task(folder / "other", seed=5))]
     scan = {"state": "intact", "epochs": dict(zip(tasks, [[2, 3], 4], strict=True))}
-    study = tiny(task=tasks, seeds=0, scans={"longer": scan})
-    assert [(c.task, dict(c.settings)["epochs"]) for c in study.plan("scans")] == [
-        (tasks[0], 2.0), (tasks[0], 3.0), (tasks[1], 4.0),
-    ]  # fmt: skip
-    with pytest.raises(HealingError, match="scan 'longer': epochs is given for .* and not for"):
-        tiny(task=tasks, scans={"longer": {**scan, "epochs": {tasks[0]: 2}}}).plan("scans")
+    planned = tiny(task=tasks, seeds=0, scans={"longer": scan}).plan("scans")
+    found = [(c.task, dict(c.settings)["epochs"]) for c in planned]
+    assert found == [(tasks[0], 2.0), (tasks[0], 3.0), (tasks[1], 4.0)]
 
 
 def test_scans_of_other_tasks_are_left_out_and_said(tiny):
@@ -262,9 +244,8 @@ def test_everything_is_planned_by_task_and_seed_trained_before_broken_before_pro
     units = [(cell.seed, cell.task) for cell in planned]
     assert units == sorted(units, key=units.index)  # one after the other
     turn = {"baseline": 0, "recovery": 0, "corruption": 1, "probing": 2, "neurons": 3}
-    for unit in set(units):
-        turns = [turn[c.stage] for c in planned if (c.seed, c.task) == unit]
-        assert turns == sorted(turns)
+    turns = [(units.index((c.seed, c.task)), turn[c.stage]) for c in planned]
+    assert turns == sorted(turns)
 
 
 def test_a_cell_needs_the_models_that_computing_it_loads(finished):
