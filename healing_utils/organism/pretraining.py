@@ -80,7 +80,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def pretrain(
-    out: str | Path, steps: int = 6000, batch_size: int = 128, seed: int = 0, threads: int = 1, *,
+    out: str | Path, steps: int = 8000, batch_size: int = 64, seed: int = 0, threads: int = 1, *,
     sentences: int = 100_000, checkpoint_every: int = 200,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the organism from random values and save model and tokenizer in the folder `out`.

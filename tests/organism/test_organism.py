@@ -1,6 +1,7 @@
 """The model organism: the language, its gold labels, its splits, and the shipped model."""
 
 import hashlib
+import inspect
 import json
 import re
 from functools import cache
@@ -188,8 +189,11 @@ def test_shipped_model_loads_plainly_and_has_learnt_the_language():
         shown, targets = pretraining.mask(ids, len(words), words.mask_token_id, generator)
         with torch.inference_mode():
             losses.append(pretraining.masked_loss(model.eval(), shown, targets).item())
-    noted = json.loads((folder / "training.json").read_text(encoding="utf-8"))["loss"]
-    assert sum(losses) / len(losses) == pytest.approx(noted, abs=0.4)
+    made = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    usual = inspect.signature(pretraining.pretrain).parameters  # by which `publish` makes it anew
+    named = ("steps", "batch_size", "seed", "threads", "sentences")
+    assert all(made[name] == usual[name].default for name in named)
+    assert sum(losses) / len(losses) == pytest.approx(made["loss"], abs=0.4)
 
 
 # --- pre-training ---------------------------------------------------------------------------------

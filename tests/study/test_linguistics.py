@@ -164,16 +164,20 @@ def test_every_architecture_of_paper_b_runs_end_to_end(family, folder, tmp_path)
         hf.AutoModel.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rng, corpus = random.Random(0), tmp_path / "words.tsv"
+    # One label in ten is wrong: what a tiny model separates wholly takes the solver long.
+    tags = {
+        word: (9, 1) if "at" in word else (1, 9) for word in ("the", "cat", "sat", "on", "mats")
+    }
     lines = [
-        "\n".join(f"{w}\t{'AT' if w in ('sat', 'cat', 'mats') else 'OTHER'}" for w in words)
-        for words in (rng.choices(["the", "cat", "sat", "on", "mats"], k=6) for _ in range(20))
+        "\n".join(f"{w}\t{rng.choices(('AT', 'OTHER'), tags[w])[0]}" for w in words)
+        for words in (rng.choices(list(tags), k=6) for _ in range(30))
     ]
     corpus.write_text("\n\n".join(lines) + "\n")
     changes = {"seeds": [0], "corpus": str(corpus), "column": None, "probe_levels": []}
     study = Study(tiny_study(tmp_path / "run", tmp_path / "model", folder / "task", **changes))
     table = study.run("probing")
     assert set(table.state) == {"pretrained", "untrained", "intact"}
-    assert table[table.state == "pretrained"].accuracy.max() == 1  # the tag is a word's own
+    assert table[table.state == "pretrained"].accuracy.max() > 0.8
     assert len(study.run("neurons")) == 2
 
 
