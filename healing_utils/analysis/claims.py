@@ -165,8 +165,11 @@ def _row(
     stages = [s for s in entry.stages if not names["main"] or s not in ("scans", "harms")]
     missing = [name for stage in stages for name in tables.missing(stage)]
     gaps = [f"{task} seed {seed}" for seed, task in wide.isna().stack().loc[lambda gap: gap].index]
-    problems = [f"{count(len(missing), 'planned cell')} missing: {named(missing)}"] * bool(missing)
-    problems += [f"{count(len(gaps), 'unit')} without an effect: {named(gaps)}"] * bool(gaps)
+    problems = []
+    if missing:
+        problems.append(f"{count(len(missing), 'planned cell')} missing: {named(missing)}")
+    if gaps:
+        problems.append(f"{count(len(gaps), 'unit')} without an effect: {named(gaps)}")
     without = [complete.drop(columns=task).mean(axis=None) for task in wide if wide.shape[1] > 1]
     p, opposite = p_values(values, entry.direction, entry.margin)
     row = {

@@ -277,7 +277,9 @@ def corrupt(
     elif rule.only:
         planned = [p for p in planned if p.role == "layernorm"]
     if not planned:
-        raise HealingError(f"{type(model).__name__} has no {part} that kind {kind!r} changes")
+        where = f"{type(model).__name__} has no {part}" + (f" in layers {chosen}" if chosen else "")
+        spared = f" that kind {kind!r} changes: it is for {rule.only}" if rule.only else ""
+        raise HealingError(where + spared)
     for piece in planned:
         held = piece.parameter
         if held.is_meta or not held.is_floating_point():
@@ -320,9 +322,9 @@ def _clean_strength(rule: Kind, strength: Any) -> float | None:
     if not low <= value <= high or math.isinf(value) or (whole and value % 1):
         allowed = f"{'a whole number ' if whole else ''}from {low:g} "
         allowed += "up" if math.isinf(high) else f"to {high:g}"
-        raise HealingError(
-            f"kind {rule.name!r} needs a strength {allowed}, and not {strength}: {rule.strength}"
-        )
+        said = "" if strength is None else f", not {strength}"
+        need = f"kind {rule.name!r} needs a strength"
+        raise HealingError(f"{need} that is {allowed}{said}: {rule.strength}")
     return value
 
 

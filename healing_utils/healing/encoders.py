@@ -101,19 +101,27 @@ def layer_stack(model: nn.Module) -> nn.ModuleList:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_layer, module))
     }
+    found = sum(map(len, stacks.values()))
     configs = (getattr(module, "config", None) for module in model.modules())
     config = next((c for c in configs if hasattr(c, "num_hidden_layers")), None)
+    planned = getattr(config, "num_hidden_layers", found)
+    alone = "layers that share weights, as in ALBERT, cannot be corrupted one without the other"
     if not stacks:
-        wanted = "a ModuleList of blocks with query, key, value and a feed-forward part"
-        raise HealingError(f"{kind} has no stack of encoder layers: {wanted}")
+        raise HealingError(
+            f"{kind} has no stack of encoder layers: no ModuleList whose every member holds query, "
+            "key and value projections and a feed-forward block"
+        )
+    if found < planned:
+        raise HealingError(f"{kind} runs {planned} layers on the weights of {found}: {alone}")
     if len(stacks) > 1:
         raise HealingError(f"{kind} has several stacks, not one encoder: {', '.join(stacks)}")
     (stack,) = stacks.values()
-    own = [parameter for layer in stack for parameter in layer.parameters()]
-    if len(stack) < getattr(config, "num_hidden_layers", 0) or len(set(own)) < len(own):
-        raise HealingError(
-            f"{kind} has layers that share weights, as in ALBERT: none can be corrupted alone"
-        )
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for shared in (names[parameter] for parameter in stack.parameters()):
+        if len(shared) > 1:
+            raise HealingError(f"{kind} has one parameter as {' and '.join(shared[:2])}: {alone}")
     for layer in stack:
         _roles(layer)
     said = [m.is_causal for m in stack.modules() if hasattr(m, "is_causal")]
@@ -223,7 +231,8 @@ def _attention_role(name: str) -> str | None:
 def parse_seed(value: Any) -> int:
     """A seed, of its text too: a whole number that torch takes."""
     try:
-        seed = int(value) if isinstance(value, str) else operator.index(value)
+        digits = isinstance(value, str) and value.isdecimal()
+        seed = int(value) if digits else operator.index(value)
     except (TypeError, ValueError):
         seed = -1
     if isinstance(value, bool) or not 0 <= seed < 2**64:
@@ -260,7 +269,7 @@ def parse_layers(value: Any) -> tuple[int, ...] | None:
         message = f"layers {value!r:.60} is not a list of whole numbers such as [0, 2]"
         raise HealingError(message) from None
     if not indices or len(set(indices)) < len(indices):
-        raise HealingError(f"layers {value!r} names no layer or one twice")
+        raise HealingError(f"layers {value!r} names no layer, or one twice")
     return tuple(indices)
 
 

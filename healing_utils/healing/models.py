@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import re
-import textwrap
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -51,7 +50,7 @@ def _explained(model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # safetensors, tokenizers and transformers each have their own
-        cause = _one_line(error)
+        cause = _first_line(error)
         if "trust_remote_code" in str(error):
             cause = "it needs code of its own (auto_map), and no model's code is run"
         raise HealingError(f"cannot load model {model!r}: {cause}") from error
@@ -59,39 +58,45 @@ def _explained(model: str) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 200)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @lru_cache(maxsize=8)
 def model_folder(model: str, revision: str | None = None) -> Path:
-    """The folder that config, weights and tokenizer are loaded from; of a hub model the cache's,
-    filled where a file is missing, and the same for as long as the process lives."""
+    """The folder that config, weights and tokenizer are loaded from; of a hub model it is the
+    cache's, filled where a file is missing, and the same for as long as the process lives."""
     place = organism.folder() if model == "organism" else Path(model)
     with _explained(model):
         if not model or not place.is_dir():
             place = _from_hub(model, revision)
         if (place / "adapter_config.json").exists():  # transformers would put it in
-            raise HealingError("it holds an adapter: save it merged, by peft's merge_and_unload")
+            raise HealingError(
+                "it holds an adapter (adapter_config.json): merge that into its model, by peft's "
+                "merge_and_unload, and save the whole"
+            )
         made = place / "training.json"
         if model == "organism" and made.is_file():
-            if json.loads(made.read_bytes())["sha256"] != _sha256(place / WEIGHTS[0]):
+            if json.loads(made.read_bytes())["sha256"] != _sha256(place / "model.safetensors"):
                 raise HealingError(f"its weights in {place} are not what its pre-training wrote")
     return place
 
 
 def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download, utils
+    from transformers.utils import cached_file
 
-    wanted = {"allow_patterns": ["config.json", *WEIGHTS, *TOKENIZER], "ignore_patterns": "*/*"}
     try:
         utils.validate_repo_id(model)
         reach_hub("models", model)
-        return Path(snapshot_download(model, revision=revision, **wanted))
+        config = cached_file(model, "config.json", revision=revision)  # explains what is not there
+        wanted = ["config.json", *WEIGHTS, *TOKENIZER]
+        snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")
     except Exception as error:
         invalid = isinstance(error, utils.HFValidationError)
-        cause = "it is no name of the hub's" if invalid else f"of the hub's: {_one_line(error)}"
+        cause = "it is no name of the hub's" if invalid else f"of the hub's: {_first_line(error)}"
         raise HealingError(f"there is no such folder, and {cause}") from error
+    return Path(config).parent
 
 
 def _sha256(file: Path) -> str:
@@ -114,17 +119,21 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
     knows no word), and where it is code."""
     from transformers import AutoTokenizer
 
-    folder = model_folder(model, revision)
+    folder, missing = model_folder(model, revision), ["vocab.txt, vocab.json or a *.model"]
+    kept = any(any(folder.glob(name)) for name in ("tokenizer.json", "vocab.*", "*.model"))
     with _explained(model):
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if "auto_map" in found.init_kwargs:
-            raise HealingError("its tokenizer is code, and no model's code is run")
-        names = found.vocab_files_names
-        needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
-        whole = all((folder / name).is_file() for name in needed)
-        if not whole and not (folder / "tokenizer.json").is_file():
-            raise HealingError(f"its tokenizer has no tokenizer.json, or {' and '.join(needed)}")
-        return found
+        if kept:
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if "auto_map" in found.init_kwargs:
+                raise HealingError("its tokenizer is code, and no model's code is run")
+            names = found.vocab_files_names
+            needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
+            missing = [name for name in needed if not (folder / name).is_file()]
+            if not missing or (folder / "tokenizer.json").is_file():
+                return found
+        raise HealingError(
+            f"tokenizer.json, or {' and '.join(missing)}, is missing: save its tokenizer beside it"
+        )
 
 
 class MeanPooled(nn.Module):
@@ -168,10 +177,11 @@ def load_classifier(
 ) -> nn.Module:  # fmt: skip
     """The encoder with a new classification head, in float32 on the CPU.
 
-    The head, and a pooler that the checkpoint lacks, are always drawn from `seed`: the
-    architecture's own, which reads the ``first`` token in most, or the ``mean`` (`MeanPooled`).
-    With `scratch`, every parameter has its random initial value. Raises HealingError where the
-    encoder cannot be read, or its file does not hold exactly the layers."""
+    The head, and a pooler that the checkpoint lacks, are drawn from `seed`, whatever head a
+    checkpoint brings: the architecture's own, which reads the ``first`` token in most, or the
+    ``mean`` (`MeanPooled`). With `scratch`, every parameter has its random initial value. Raises
+    HealingError where the encoder cannot be read, or lacks tensors, has some of another shape, or
+    layers too many."""
     choose(head, HEADS, "head")
     problem = "regression" if regression else "single_label_classification"
     given = {"num_labels": num_labels, "problem_type": problem}
@@ -220,24 +230,32 @@ def _read(
     names = {p: name for name, p in classifier.named_parameters()}
     poolers = {names[piece.parameter] for piece in pieces(classifier, "pooler")}
     prefix = f"{classifier.base_model_prefix}."
-    lost = {name: "is missing" for name in said["missing_keys"]}
+    lost = {name: f"{name} is missing" for name in said["missing_keys"]}
     for name, there, wanted in said["mismatched_keys"]:
-        lost[name] = f"is {tuple(there)} and not {tuple(wanted)}"
-    kept = sorted(name for name in lost if name.startswith(prefix) and name not in poolers)
-    wrong = [f"{name} {lost[name]}" for name in kept]
-    layers, passed = pieces(classifier), sorted(said["unexpected_keys"])
-    stack = names[layers[0].parameter].removeprefix(prefix).split(".0.")[0]
-    numbered = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(stack)}\.(\d+)\.")
-    for name, match in zip(passed, map(numbered.match, passed), strict=True):
-        if match and int(match[1]) > layers[-1].layer:
-            wrong.append(f"{name} has no layer")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        lost[name] = f"{name} is {tuple(there)} and not {tuple(wanted)}"
+    shown = [lost[name] for name in sorted(lost) if name.startswith(prefix) and name not in poolers]
+    if shown:
         raise HealingError(
             f"cannot load model {model!r}: its file does not hold the encoder that its "
-            f"configuration describes: {', '.join(wrong[:3])}{more}"
+            f"configuration describes: {_some(shown, 3)}"
+        )
+    layers = pieces(classifier)
+    stack = names[layers[0].parameter].removeprefix(prefix).split(".0.")[0]
+    numbered = re.compile(rf"({re.escape(prefix)})?{re.escape(stack)}\.(\d+)\.")
+    passed = sorted(said["unexpected_keys"])
+    found = [(name, numbered.match(name)) for name in passed]
+    beyond = [name for name, match in found if match and int(match[2]) > layers[-1].layer]
+    if beyond:
+        raise HealingError(
+            f"cannot load model {model!r}: its file holds {_some(beyond, 1)}, for which its "
+            "configuration has no layer"
         )
     return classifier, sorted(poolers & lost.keys()), passed
+
+
+def _some(listed: list[str], count: int) -> str:
+    more = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more
 
 
 def _draw(classifier: nn.Module, module: nn.Module) -> None:
@@ -254,8 +272,8 @@ def _draw(classifier: nn.Module, module: nn.Module) -> None:
 @lru_cache(maxsize=8)
 def identity(model: str, revision: str | None = None) -> str:
     """What determines the weights and the tokens: a hash of the content of the files that are
-    loaded, wherever they lie. Raises HealingError where there are no weights, and for a file
-    of the hub's cache that is no longer what was downloaded."""
+    loaded, wherever they lie and whatever the model is called. Raises HealingError where there are
+    no weights, and for a file of the hub's cache that is no longer what was downloaded."""
     folder, hashed = model_folder(model, revision), hashlib.sha256()
     whole, _, index = (folder / name for name in WEIGHTS)
     weights = [whole]

@@ -67,7 +67,7 @@ Objective = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 @dataclass(frozen=True)
 class Recipe:
     """`prepare` gets the patient before fine-tuning, and may return what a warm-up trains, and by
-    which objective; `needs` names what it uses of the patient."""
+    which objective; `needs` names what it uses."""
 
     name: str
     prepare: Callable[[Patient], tuple[nn.Module, Objective] | None]
@@ -126,7 +126,7 @@ def norms_and_biases(patient: Patient) -> None:
 def layerwise_decay(patient: Patient) -> None:
     """Every parameter learns, each layer at 0.8 times the rate of the one above it.
 
-    Howard and Ruder (2018, section 3.2); the embeddings count as below the first layer."""
+    Howard and Ruder (2018, section 3.2), the embeddings as below the first layer."""
     model = patient.model
     inside, above = pieces(model, "embeddings") + pieces(model), len(encoder_layers(model))
     factors = {piece.parameter: DECAY ** (above - piece.layer) for piece in inside}
@@ -164,11 +164,11 @@ def matched_redraw(patient: Patient) -> None:
 def transplant(patient: Patient) -> None:
     """Each corrupted layer becomes a copy of the nearest healthy one, then all learns."""
     stack = encoder_layers(patient.model)
-    names = [{name for name, _ in layer.named_parameters()} for layer in stack]
+    shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in stack]
     for i in patient.layers:
         # ModernBERT's first layer lacks a norm: it can take from the others and not give to them.
         others = set(range(len(stack))) - set(patient.layers)
-        healthy = [j for j in others if names[i] <= names[j]]
+        healthy = [j for j in others if shapes[i].items() <= shapes[j].items()]
         if not healthy:
             raise HealingError(f"there is no healthy layer to transplant in place of layer {i}")
         donor = stack[min(healthy, key=lambda j: (abs(i - j), j))]  # of two as near, the lower
@@ -268,7 +268,8 @@ def heal(
 
     `train` and `validation` are what `training.encode` returns, `settings` those of `fine_tune`;
     `pristine`, `teacher` and `tokenizer` are for recipes that need them, see `Patient`. Raises
-    HealingError for a recipe that is unknown or cannot be applied, and as `fine_tune` does."""
+    HealingError for an unknown recipe, one that lacks what it needs or cannot be applied to this
+    damage or model, and as `fine_tune` does."""
     chosen = RECIPES[choose(recipe, RECIPES, "recipe")]
     corrupted = encoders.parse_layers(layers)
     if corrupted is None:
@@ -281,6 +282,8 @@ def heal(
     before = {p for p in model.parameters() if p.requires_grad}
     network, objective = chosen.prepare(patient) or (None, None)
     learning = [p for p in model.parameters() if p.requires_grad]
+    if not learning:
+        raise HealingError(f"recipe {recipe!r} leaves nothing to learn in {type(model).__name__}")
     counts = [sum(p.numel() for p in some) for some in (learning, model.parameters())]
     settings["seed"], share, warm_up = seed, 1.0, None
     if objective:

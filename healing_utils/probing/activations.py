@@ -26,6 +26,7 @@ from healing_utils.healing.training import Encoded, collate, encode, pick_device
 AGGREGATIONS = ("first", "last", "mean")
 POOLINGS = ("first", "mean")
 TOKENS_CPU, TOKENS_GPU = 1024, 8192  # in a batch: what stays in caches, what keeps a GPU busy
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # tokenizers cannot encode what holds one
 UNLIMITED = 2**31 - 1  # tokens: transformers' own sign for "no limit" overflows the tokenizers'
 CHUNK = 20_000  # words of `compact_activations` that are sorted by length together
 
@@ -273,6 +274,7 @@ def align(tokenizer: Any, sentences: Sequence[Sequence[str]], limit: int = UNLIM
     backend = Tokenizer.from_str(re.sub(r'("prepend_scheme":)"\w+"', r'\1"always"', state))
     backend.no_truncation()
     backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
     encodings = backend.encode_batch(sentences, is_pretokenized=True, add_special_tokens=False)
     around = backend.encode([tokenizer.unk_token], is_pretokenized=True)  # by the special tokens
     inside = [i for i, word in enumerate(around.word_ids) if word is not None]
@@ -327,8 +329,9 @@ def _lists_of_text(values: Any, what: str, need: str, whole: bool = False) -> li
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise HealingError(f"{what} must be {need}: {what}[{number}] is {value!r:.40}")
         found.append(list(value))
-        if odd := [word for word in found[-1] if not isinstance(word, str)]:
-            raise HealingError(f"{what}[{number}] holds {odd[0]!r:.40}, which is no text")
+        for word in found[-1]:
+            if not isinstance(word, str) or HALF_A_CHARACTER.search(word):
+                raise HealingError(f"{what}[{number}] holds {word!r:.40}, which is no text")
     return found
 
 

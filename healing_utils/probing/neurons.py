@@ -172,8 +172,8 @@ def ranking_agreement(
     """How alike rankings of the same neurons are: a row for each pair, ``first`` and ``second``,
     ``spearman`` over all (the random order of those with weight zero draws it towards 0) and for
     every k of `sizes` ``overlap_k``, the share of one's top k in the other's (chance: k / all)."""
-    if len(set(map(frozenset, rankings.values()))) > 1:
-        raise HealingError("rankings to compare must be of the same neurons")
+    if len({tuple(sorted(ranking)) for ranking in rankings.values()}) > 1:
+        raise HealingError("rankings to compare must be of the same neurons, each once")
     # Of each neuron, in ascending order, its place in a ranking.
     places = {name: np.lexsort(np.transpose(own)[::-1]) for name, own in rankings.items()}
     rows = []
@@ -293,10 +293,10 @@ def by_size(
 
 def center_of_mass(by_layer: Sequence[float]) -> float:
     """Mean layer of neurons, counted `by_layer` (layers + 1,), as a share of the depth: 0 the
-    embeddings, 1 the last layer; NaN for an empty set."""
+    embeddings, 1 the last layer; NaN for an empty set, and for a single layer."""
     counts = np.asarray(by_layer, dtype=np.float64)
     mass = counts @ np.linspace(0, 1, len(counts))
-    return float(mass / counts.sum()) if counts.any() else float("nan")
+    return float(mass / counts.sum()) if len(counts) > 1 and counts.any() else float("nan")
 
 
 @contextlib.contextmanager

@@ -89,7 +89,10 @@ def labelled(
         what, need = "test ", "({}, words, {})".format(*train.activations.shape[::2])
     if torch.is_tensor(activations):
         activations = activations.detach().cpu().float().numpy()
-    x = np.asanyarray(activations)  # which a memory map stays
+    try:
+        x = np.asanyarray(activations)  # which a memory map stays
+    except ValueError:  # lists of unequal lengths
+        x = np.empty(0)
     fits = train is None or x.shape[::2] == train.activations.shape[::2]
     if x.ndim != 3 or not x.size or not fits or x.dtype.kind not in "biuf":
         raise HealingError(f"{what}activations must be numbers {need}, got {x.shape} of {x.dtype}")
@@ -103,7 +106,8 @@ def labelled(
         if (labels.dtype.kind == "U") != (train.labels.dtype.kind == "U"):
             raise HealingError(f"labels are {train.labels.dtype} but test labels {labels.dtype}")
     names = np.unique(labels) if classes is None else np.asarray(classes)
-    ids = pd.Index(names).get_indexer(labels)
+    number = {name: i for i, name in enumerate(names.tolist())}
+    ids = np.array([number.get(label, -1) for label in labels.tolist()])
     if train is None and (ids < 0).any():
         known = ", ".join(map(str, names[:10]))
         raise HealingError(f"label {labels[ids < 0][0]!s} is not among the classes: {known}")
@@ -130,7 +134,7 @@ def grouped(groups: Any, words: int) -> tuple[np.ndarray, np.ndarray]:
     groups = np.arange(words) if groups is None else column(groups, words, "groups")
     names, index = np.unique(groups, return_inverse=True)
     if len(names) < 2:
-        raise HealingError(f"{len(names)} groups (sentences): need at least 2")
+        raise HealingError(f"need at least 2 groups (sentences), got {len(names)}")
     return names, index
 
 
@@ -146,7 +150,7 @@ def held_out(groups: Any, words: int, share: float, seed: int) -> np.ndarray:
     """Which words are held out, (words,): whole groups, about that share of them, at least one."""
     names, index = grouped(groups, words)
     if not 0 < share < 1:
-        raise HealingError(f"cannot hold out {share!r} of the words: need a share from 0 to 1")
+        raise HealingError(f"cannot hold out {share!r} of the words: need a share between 0 and 1")
     count = min(max(round(share * len(names)), 1), len(names) - 1)
     return np.isin(index, shuffled(len(names), seed)[:count])
 
@@ -298,7 +302,7 @@ def probe_layers(
 
     train = labelled(activations, labels)
     test = labelled(test_activations, test_labels, train)
-    (layers, n_train, features), n_test = activations.shape, len(test.ids)
+    (layers, n_train, features), n_test = train.activations.shape, len(test.ids)
     if (words is None) != (test_words is None):
         raise HealingError("control tasks need both words and test_words; got only one of them")
     # Strongest first: each solution starts from the one before.

@@ -263,10 +263,11 @@ def _levels(study: Any) -> set[float]:
 def _networks(study: Any, stage: str) -> list[Cell]:
     """The models that a stage looks into; those before any fine-tuning are of no stage."""
     p, tasks = study.parameters, study.parameters["probe_tasks"] or study.parameters["task"]
-    lost = _levels(study) - {parse_level(level) for level in p["levels"]}
-    if lost and p["layers"] is None:
-        known, asked = (", ".join(p[name]) for name in ("levels", "probe_levels"))
-        raise HealingError(f"probe_levels ({asked}) are not all in levels: {known}")
+    there = {parse_level(level) for level in p["levels"]}
+    for level in p["probe_levels"]:
+        if p["layers"] is None and parse_level(level) not in there:
+            known = ", ".join(p["levels"])
+            raise HealingError(f"probe_levels has {level!r}, which is not in levels: {known}")
     found: list[Cell] = []
     for model, seed in product(p["probe_models"] or p["model"], p["seeds"]):
         known = {"state": "pretrained", "model": models.identity(model, p["model_revision"])}

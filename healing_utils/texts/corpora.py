@@ -242,7 +242,7 @@ def _columns(path: Path, column: str, words: int) -> Pick:
 
     width, label = len(split(first)), int(column.replace("last", "-1"))
     if not -width <= label < width or not 0 <= words < width or label % width == words:
-        said = f"of {width} columns {words} is for the words: {column} has no labels"
+        said = f"it has {width} columns, with the words in column {words}: {column} has no labels"
         raise ValueError(f"{said}; allowed are the others of 0 to {width - 1}")
     if HEADER.fullmatch(split(first)[words]) and HEADER.fullmatch(split(first)[label]):
         raise ValueError(f"it seems to begin with a header ({first!r}): take it out")

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -338,10 +339,12 @@ def _json(path: Path) -> Source:
         return found
 
     lines = list(text_lines(path))
-    try:
-        rows = json.loads("".join(lines), object_pairs_hook=row)
-    except ValueError:
-        rows = json.loads(f"[{','.join(filter(str.strip, lines))}]", object_pairs_hook=row)
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    if not filled or lines[filled[0]].lstrip()[0] != "[":
+        for number in filled[1:]:  # an object a line: a list, of which blank lines stay
+            lines[number] = f",{lines[number]}"
+        lines = ["[", *lines, "]"]
+    rows = json.loads("".join(lines), object_pairs_hook=row)
     rows = rows if isinstance(rows, list) else [rows]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds other things than objects")
@@ -351,9 +354,15 @@ def _json(path: Path) -> Source:
 
 def _parquet(path: Path) -> Source:
     with path.open("rb") as file:  # open, since a library reads patterns into a path
-        about = pq.read_metadata(file).schema
+        metadata = pq.read_metadata(file)
+    about, unpacked = metadata.schema, Counter()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for leaf in map(group.column, range(group.num_columns)):
+            unpacked[leaf.path_in_schema.split(".")[0]] += leaf.total_uncompressed_size
 
     def read(name: str) -> pa.ChunkedArray:
+        if unpacked[name] > MOST_TEXT:  # of equal texts only one counts: they stay one object
+            raise ValueError(f"column {name!r} is over {MOST_TEXT >> 20:,} MiB once unpacked")
         with path.open("rb") as file:
             table = pq.ParquetFile(file, read_dictionary=[leaf.path for leaf in about])
             return table.read([name]).column(name)
@@ -365,7 +374,8 @@ def _arrow(where: str, schema: pa.Schema, read: Callable[[str], pa.ChunkedArray]
     classes = {}
     with contextlib.suppress(KeyError, TypeError, ValueError):  # no file of the hub's
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        classes = {name: f["names"] for name, f in features.items() if "names" in f}
+        named = {name: f for name, f in features.items() if isinstance(f, dict)}
+        classes = {name: f["names"] for name, f in named.items() if "names" in f}
 
     def column(name: str) -> list[Any]:
         values = []
@@ -376,8 +386,12 @@ def _arrow(where: str, schema: pa.Schema, read: Callable[[str], pa.ChunkedArray]
             else:
                 values += chunk.to_pylist()
         if name in classes:  # where the hub writes -1 for a label that is kept secret
-            named = {-1: None, **dict(enumerate(classes[name]))}
-            values = [named.get(value, value) for value in values]
+            numbered = {None: None, -1: None, **dict(enumerate(classes[name]))}
+            same = {own: own for own in classes[name]}  # where the column holds the names
+            if unknown := set(values) - numbered.keys() - same.keys():
+                said = f"label {min(unknown, key=str)} of column {name!r} is none of its"
+                raise ValueError(f"{said} {len(classes[name])} classes")
+            values = [(same | numbered)[value] for value in values]
         return values
 
     return Source(where, schema.names, column, classes)
@@ -415,10 +429,13 @@ def _split(source: Source, texts: Sequence[str], label: str, train: Split | None
     with one_line(f"cannot read {where}"):
         *columns, labels = map(source.column, (*texts, label))
         rows = source.rows or range(1, len(labels) + 1)
+        if not labels:
+            raise ValueError("it has no rows")
         kinds = set(map(type, labels)) - {type(None)}
         if not any(kinds <= alike for alike in ({str}, {bool}, {int, float, Decimal})):
             held = " and ".join(sorted(kind.__name__ for kind in kinds))
-            raise ValueError(f"column {label!r} holds {held}: need text, numbers or truth values")
+            need = "need text, or numbers, or truth values alone"
+            raise ValueError(f"column {label!r} holds {held}: {need}")
         if kinds & {float, Decimal}:
             labels = [value if value is None else float(value) for value in labels]
         missing = [row for row, v in zip(rows, labels, strict=True) if v in NO_LABEL or v != v]
@@ -431,13 +448,14 @@ def _split(source: Source, texts: Sequence[str], label: str, train: Split | None
         size = sum(len(text) for values in columns for text in values if isinstance(text, str))
         if size > MOST_TEXT:
             raise ValueError(f"texts of {size:,} characters: keep fewer rows or shorter texts")
+        " ".join(map(str, set(labels))).encode()  # fails for half a character, which JSON can hold
         pair, no_text = len(texts) == 2, MISSING if where.endswith(".csv") else ()
         for column, values in zip(texts, columns, strict=True):
             for row, value in zip(rows, values, strict=True):
                 # Half of a pair may be blank (Quora has such questions); a whole text may not.
                 if not isinstance(value, str) or value in no_text or not (pair or value.strip()):
                     raise ValueError(f"column {column!r} holds no text in row {row}: {value!r:.40}")
-                value.encode()  # fails for half a character, which JSON can hold
+                value.encode()
     return Split(list(map(list, zip(*columns, strict=True))) if pair else columns[0], labels)
 
 

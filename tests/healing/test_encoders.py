@@ -241,7 +241,7 @@ def test_named_layers_override_side_and_level(given_layers, expected):
         ({"side": "botom"}, "Did you mean 'bottom'"),
         ({"layers": [6]}, "layer 6 does not exist: they are 0 to 5"),
         ({"layers": [-1]}, "layer -1 does not exist"),
-        *(({"layers": bad}, "names no layer or one twice") for bad in ([1, 1], [], "[]")),
+        *(({"layers": bad}, "names no layer, or one twice") for bad in ([1, 1], [], "[]")),
         *(
             ({"layers": bad}, "whole numbers")
             for bad in ([1.0], [True], "[0, x]", "[[0]]", ["0"], 0.5)

@@ -35,14 +35,13 @@ def copied(saved, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _forget():
+def forget():
     """The process remembers what it loaded; these tests change files behind its back."""
     models.forget()
 
 
 def flip(file: Path) -> None:
-    """One bit, in the last byte, which the process is to look at anew."""
-    models.forget()
+    """One bit, in the last byte."""
     content = file.read_bytes() if file.exists() else b"one"
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -52,12 +51,16 @@ def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_the_organism_is_a_folder_and_edited_weights_are_noticed(monkeypatch, copied):
+def test_the_organism_is_a_folder_and_edited_weights_are_noticed(monkeypatch, saved, copied):
     monkeypatch.setattr(models.organism, "folder", lambda: copied)
+    assert models.model_folder("organism") == copied
+    assert models.model_folder(str(saved)) == saved
     sha = hashlib.sha256((copied / WEIGHTS).read_bytes()).hexdigest()
     (copied / "training.json").write_text(json.dumps({"sha256": sha}))
+    models.forget()
     use("organism")
     flip(copied / WEIGHTS)
+    models.forget()
     with pytest.raises(HealingError, match="'organism': its weights .* pre-training wrote"):
         models.load_classifier("organism", 2, 0)
 
@@ -71,6 +74,9 @@ def test_the_body_is_the_checkpoints_and_the_head_the_seeds(saved):
     assert one.classifier.weight.shape == (3, 32)
     with pytest.raises(HealingError, match="unknown head 'means'.*Did you mean 'mean'"):
         models.load_classifier(str(saved), 2, 0, head="means")
+    for seed in (-1, 2**64, 10**5000, "1" * 5000):
+        with pytest.raises(HealingError, match="^seed is not a whole number from 0 to 2"):
+            models.load_classifier(str(saved), 2, seed)
 
 
 def test_scratch_shares_nothing_with_the_checkpoint_and_the_callers_numbers_stay(saved):
@@ -116,18 +122,24 @@ def without(*patterns: str):
     return lambda folder: [f.unlink() for pattern in patterns for f in folder.glob(pattern)]
 
 
-OUTPUT, TABLE = "encoder.layer.0.output.dense.weight", "embeddings.word_embeddings.weight"
+QUERY, TABLE = "encoder.layer.2.attention.self.query.weight", "embeddings.word_embeddings.weight"
+OUTPUT = "encoder.layer.0.output.dense.weight"
 REFUSED = {
     "truncated weights": (lambda f: os.truncate(f / WEIGHTS, 500), ""),
+    "empty weights": (lambda f: os.truncate(f / WEIGHTS, 0), ""),
     "no weights": (without(WEIGHTS), "no model.safetensors"),
+    "pickled weights": (
+        lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"),
+        r"pytorch_model.bin\) can hold code: convert them, by .*save_pretrained",
+    ),
     "no configuration": (without("config.json"), ""),
     "broken configuration": (lambda f: (f / "config.json").write_text("{"), ""),
     "unknown kind": (lambda f: (f / "config.json").write_text('{"model_type": "nosuch"}'), ""),
-    "no tokenizer": (without("token*"), "has no tokenizer.json, or vocab.txt"),
-    "a tokenizer's settings alone": (without("tokenizer.json"), "the backend tokenizer from"),
+    "no tokenizer": (without("token*"), "tokenizer.json, or .* is missing: save its tokenizer"),
+    "a tokenizer's settings alone": (without("tokenizer.json"), "tokenizer.json, or .* is missing"),
     "another kind's vocabulary": (
         lambda f: [without("token*")(f), (f / "vocab.json").write_text("{}")],
-        "has no tokenizer.json, or vocab.txt",
+        "tokenizer.json, or vocab.txt, is missing",
     ),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
     "code for a model": (
@@ -143,7 +155,12 @@ REFUSED = {
         tensors(lambda t: [t.pop(n) for n in list(t) if "layer.1." in n]),
         "encoder.layer.1.*is missing.* and 13 more",
     ),
+    "one tensor less": (tensors(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
     "another shape": (
+        tensors(lambda t: t.update({OUTPUT: torch.zeros(32, 40)})),
+        rf"{OUTPUT} is \(32, 40\) and not \(32, 48\)",
+    ),
+    "a transposed weight": (
         tensors(lambda t: t.update({OUTPUT: t[OUTPUT].mT.contiguous()})),
         rf"{OUTPUT} is \(48, 32\) and not \(32, 48\)",
     ),
@@ -155,7 +172,7 @@ REFUSED = {
     ),
     "layers too many": (
         tensors(lambda t: t.update({"encoder.layer.3.output.dense.bias": torch.zeros(32)})),
-        "encoder.layer.3.output.dense.bias has no layer",
+        "holds encoder.layer.3.output.dense.bias, for which its configuration has no layer",
     ),
 }  # fmt: skip
 
@@ -226,17 +243,22 @@ def test_weights_in_parts_are_hashed_and_loaded_whole(saved, tmp_path, named):
         use(str(tmp_path))
 
 
-LOADED = (WEIGHTS, "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "bpe.codes")
-
-
 def test_identity_is_the_content_and_not_the_place(saved, copied):
+    before = models.identity(str(saved))
     (copied / "README.md").write_text("words")
-    found = [models.identity(str(saved))]
-    assert models.identity(str(copied)) == found[0]
-    for name in LOADED:
+    assert models.identity(str(copied)) == before
+    for name in (
+        WEIGHTS,
+        "config.json",
+        "tokenizer.json",
+        "vocab.txt",
+        "spiece.model",
+        "bpe.codes",
+    ):
         flip(copied / name)
-        found.append(models.identity(str(copied)))
-    assert len(set(found)) == len(LOADED) + 1
+        models.forget()
+        assert models.identity(str(copied)) != before, name
+        before = models.identity(str(copied))
 
 
 @pytest.fixture
@@ -246,6 +268,7 @@ def hub(saved, tmp_path, monkeypatch):
 
     place = tmp_path / "hub" / "models--owner--name"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (place / "refs").mkdir(parents=True)
     (place / "blobs").mkdir()
@@ -291,6 +314,7 @@ def test_a_bit_that_flips_in_the_hubs_cache_is_noticed(hub, name):
     use("owner/name")
     file = (models.model_folder("owner/name") / name).resolve()
     flip(file)
+    models.forget()
     with pytest.raises(HealingError, match=f"cannot load model 'owner/name': {file} is damaged"):
         use("owner/name")
 
@@ -332,13 +356,7 @@ def test_the_head_is_always_drawn_afresh(family, tmp_path):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "xlnet", "mpnet", "squeezebert"])
 def test_a_mean_pooled_head_reads_every_real_token_and_no_other(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
-    own, model, again, other = (
-        models.load_classifier(str(tmp_path), 3, seed, head=head).eval()
-        for seed, head in ((0, "first"), (0, "mean"), (0, "mean"), (1, "mean"))
-    )
-    weight = model.classifier.weight
-    assert torch.equal(weight, again.classifier.weight)
-    assert not torch.equal(weight, other.classifier.weight)
+    model = models.load_classifier(str(tmp_path), 3, 0, head="mean").eval()
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 1]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     last = []
@@ -352,9 +370,14 @@ def test_a_mean_pooled_head_reads_every_real_token_and_no_other(family, tmp_path
     assert torch.allclose(whole, out.logits[:1], atol=1e-5)
     (gradient,) = torch.autograd.grad(out.logits.sum(), states)
     assert gradient[mask.bool()].ne(0).any(-1).all() and not gradient[1, 3].any()
+    assert not any("pooler" in name for name, _ in model.named_parameters())
     with pytest.raises(HealingError, match="has no pooler"):
         corrupt(model, part="pooler")
-    for damaged in (own, model):  # alike under either head
+    own = models.load_classifier(str(tmp_path), 3, 0)  # damage is the same under either head
+    for damaged in (own, model):
         corrupt(damaged, side="top", level="1/3", kind="init", seed=5)
     theirs = layer_parameters(own)
     assert all(torch.equal(theirs[name], p) for name, p in layer_parameters(model).items())
+    again, other = (models.load_classifier(str(tmp_path), 3, s, head="mean") for s in (0, 1))
+    assert torch.equal(model.classifier.weight, again.classifier.weight)
+    assert not torch.equal(model.classifier.weight, other.classifier.weight)

@@ -132,6 +132,9 @@ def test_words_that_look_like_special_tokens_or_hold_blanks_are_one_word():
     sentences = [["the", "[SEP]", "cat mat", "sat"], ["<s>", "a"]]
     got = align(wordpiece(), sentences)
     assert [c.tolist() for c in got.counts] == [[1, 1, 2, 1], [3, 1]]
+    (splitting := wordpiece()).split_special_tokens = True  # which training heeds as well
+    running = splitting(sentences[0], is_split_into_words=True)["input_ids"]
+    assert align(splitting, sentences).windows.ids[0] == running != got.windows.ids[0]
     for kind in ("byte-level", "unigram"):
         got = align(KINDS[kind][0](), sentences)
         assert [len(c) for c in got.counts] == [4, 2]
@@ -216,6 +219,7 @@ def test_positions_are_the_models_or_the_tokenizers_and_xlnet_reads_any_length_a
         (r"must be lists of words: sentences\[0\] is 'the cat'", {"sentences": ["the cat"]}),
         (r"must be lists of words: sentences\[1\] is None", {"sentences": [["a"], None]}),
         (r"sentences\[0\] holds 3, which is no text", {"sentences": [["the", 3]]}),
+        (r"sentences\[0\] holds 'a.*', which is no text", {"sentences": [["a\ud800"]]}),
         ("every sentence is empty", {"sentences": [[], []]}),
         (r"layers \[4\]: need some of 0 \(the embeddings\) to 3", {"layers": 4}),
         (r"layers \[1.0\]", {"layers": [1.0]}),

@@ -75,7 +75,7 @@ def test_a_class_that_comes_late_costs_finitely_many_bits():
     ("change", "message"),
     [
         ({"labels": [3, 3, 3, 3]}, "every label is 3: nothing to tell apart"),
-        ({"groups": [7, 7, 7, 7]}, "1 groups .*need at least 2"),
+        ({"groups": [7, 7, 7, 7]}, "need at least 2 groups .* got 1"),
         ({"activations": np.full((1, 4, 2), np.nan)}, "layer 0 hold values not finite"),
     ],
 )

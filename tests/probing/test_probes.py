@@ -272,6 +272,14 @@ def test_random_activations_score_no_better_than_the_majority_label():
     assert (free.accuracy < got.accuracy - 2 * error).all()
 
 
+def test_true_and_one_are_the_same_label_and_lists_are_arrays():
+    x, y = planted(classes=2, layers=1, layer=0, words=60)
+    want = probe_layers(x, y, x, y, penalties=[0.01])
+    for train, test in ((y, y > 0), (y > 0, y)):
+        same = probe_layers(x.tolist(), train.tolist(), x, test, penalties=[0.01])
+        pd.testing.assert_frame_equal(same, want)
+
+
 def test_the_table_is_scikit_learns_and_a_label_unseen_in_training_an_error():
     from sklearn.metrics import f1_score
 
@@ -294,12 +302,13 @@ NAN[1, 7, 3] = np.nan
     "changes, message",
     [
         ({"activations": X[0]}, r"activations must be numbers .*60, 12"),
+        ({"activations": [[[1.0, 2.0], [3.0]]]}, r"activations must be numbers .*got \(0,\)"),
         ({"test_activations": X[:, :20, :5]}, r"must be numbers \(3, words, 12\), got .*5"),
         ({"labels": Y[:50]}, "labels must be one value a word: 60, got 50"),
         ({"test_labels": Y}, "test labels must be one value a word: 20"),
         ({"test_words": None}, "need both words and test_words"),
         ({"groups": [0] * 59}, "groups must be one value a word: 60, got 59"),
-        ({"groups": [0] * 60}, "1 groups .* need at least 2"),
+        ({"groups": [0] * 60}, "need at least 2 groups .* got 1"),
         ({"labels": ["NN"] * 60, "test_labels": ["NN"] * 20}, "every label is 'NN'"),
         ({"labels": Y * 1.0}, "strings or integers, got float64"),
         ({"labels": None}, "labels must be one value a word: 60, got 1"),

@@ -51,13 +51,22 @@ def test_the_stages_have_the_planned_cells(tiny):
 
 def test_a_kept_plan_names_its_cells(tiny):
     study = tiny()
-    names, kept = {cell.name for cell in study.keep_plans()}, []
-    for path in (study.run_folder / "plans").iterdir():
-        kept += [cell["name"] for cell in json.loads(path.read_text())["cells"]]
-    assert names == set(kept)
-    of = f"{study.parameters['model'][0]} {study.parameters['task'][0]}"
-    for said in ("healed bottom 1/3 reinit seed 0", "healed all layers reinit seed 1"):
-        assert f"{of} {said}" in names
+    everything = study.keep_plans()
+    model, task = study.parameters["model"][0], study.parameters["task"][0]
+    names = {cell.name for cell in everything}
+    bottom, every = "healed bottom 1/3 reinit seed 0", "healed all layers reinit seed 1"
+    for said in (bottom, every, "scratch seed 1"):
+        assert f"{model} {task} {said}" in names
+    found = set()
+    for stage in (*STAGES, "harms", "scans", "probing", "neurons"):
+        kept = json.loads((study.run_folder / "plans" / f"{stage}.json").read_text())
+        planned = study.plan(stage)
+        cells = [
+            {"key": c.key, "name": c.name, "stage": c.stage, "cell": c.columns()} for c in planned
+        ]
+        assert kept == json.loads(canonical({"stage": stage, "cells": cells}))
+        found |= {c.key for c in planned}
+    assert {c.key for c in everything} == found
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,7 @@ def test_cells_of_the_same_layers_are_one(tiny, changes, grid):
         ({"model": "/no/where"}, "baseline", "cannot load model"),
         ({"epochs": {"elsewhere": 1}}, "baseline", "epochs is given for elsewhere and not for"),
         ({"part": "pooler", "head": "mean"}, "corruption", "has no pooler"),
-        ({"probe_levels": "1/2"}, "probing", "\\(1/2\\) are not all in levels: 1/3, 1"),
+        ({"probe_levels": "1/2"}, "probing", "'1/2', which is not in levels: 1/3, 1"),
         ({"part": "embeddings", "recipe": "drop"}, "scans", "recipe 'drop' is for layers"),
         ({"levels": 1, "recipe": "drop"}, "scans", "recipe 'drop' needs a healthy layer"),
         ({"seeds": [0, 7]}, "scans", "seed 7 is not among the study's"),

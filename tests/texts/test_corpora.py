@@ -230,8 +230,10 @@ def test_the_column_is_a_number_or_the_last(tmp_path):
     assert in_any_order(load_corpus(turned, 0, words=1)) == sorted(SENTENCES)
     refused("unknown column 'sem'; .*a number, counted from 0, or last", file, "sem")
     for wrong in (3, -4, 0):
-        refused(f"a.txt: of 3 columns .* {wrong} has no labels; allowed .* 0 to 2", file, wrong)
-    refused("of 3 columns -1 is for the words", file, words=-1)
+        refused(
+            f"a.txt: it has 3 columns, .* {wrong} has no labels; allowed .* 0 to 2", file, wrong
+        )
+    refused("it has 3 columns, with the words in column -1", file, words=-1)
 
 
 def test_blanks_inside_words_survive_where_tabs_separate(tmp_path):
@@ -258,7 +260,7 @@ MAT = "2\tmat\tmat\tNOUN\tNN\tNumber=Sing\t0\troot\t0:root\t_"  # line 11
         ("a.txt", "Token POS\na A\n\nb B\n", r"seems to begin with a header \('Token POS'\)"),
         ("a.txt", "a\0 A\0\n", "a.txt: line 1 is not text in UTF-8"),
         ("a.txt", "a\tA\nb\t\n\nc\tC\n", "a.txt: line 2 has an empty word or label"),
-        ("a.txt", "one\ntwo\n", "a.txt: of 1 columns 0 is for the words"),
+        ("a.txt", "one\ntwo\n", "a.txt: it has 1 columns, with the words in column 0"),
         ("a.txt", "\n\n\n", "0 distinct sentences"),
         ("a.txt", "a A\nb B\n", "1 distinct sentences: are there blank lines between"),
         ("a.txt", "a A\n\nb A\n", "column 'last' has only the label 'A'"),

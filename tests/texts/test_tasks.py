@@ -199,9 +199,10 @@ def test_every_table_of_a_folder_is_taken_or_named_as_unused(tmp_path):
     assert len(data.pool) == 20 and sorted(data.validation.texts) == sorted(t for t, _ in rows)
     assert set(data.draw(0, None, 10)[1].labels) == {0, 1}  # though the file is sorted
     assert [path.rsplit("/")[-1] for path in data.unused] == ["more.csv", "dev.csv"]
-    for hidden in ([("hidden", ""), ("too", "")], []):
-        write_csv(folder / "test.csv", ["text", "label"], hidden)
-        assert sorted(load_task(str(folder)).test.texts) == sorted(data.validation.texts)
+    write_csv(folder / "test.csv", ["text", "label"], [("hidden", ""), ("too", "")])
+    assert sorted(load_task(str(folder)).test.texts) == sorted(data.validation.texts)
+    write_csv(folder / "test.csv", ["text", "label"], [])  # cut by a full disk, say
+    refused("test.csv: it has no rows", folder)
     (folder / "train.jsonl").write_text("{}")
     refused("holds .*train.csv, train.jsonl, valid.csv: need one train.csv", folder)
 
@@ -274,6 +275,15 @@ def test_a_small_parquet_file_that_is_huge_in_memory_is_refused_in_time(tmp_path
     assert tracemalloc.get_traced_memory()[1] < 100 << 20
     tracemalloc.stop()
     assert pa.total_allocated_bytes() < 100 << 20
+
+
+def test_a_parquet_file_is_not_unpacked_beyond_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "MOST_TEXT", 1 << 20)
+    texts = [f"{number} " + "x" * 1000 for number in range(2000)]  # all different: 2 MB
+    columns = pa.table({"text": texts, "label": np.arange(2000) % 2})
+    pq.write_table(columns, tmp_path / "t.parquet", use_dictionary=False, compression="zstd")
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *_: pytest.fail("it was unpacked"))
+    refused("cannot read .*t.parquet: column 'text' is over 1 MiB", tmp_path / "t.parquet")
 
 
 def test_columns_may_be_called_anything_but_the_same(tmp_path):
@@ -373,7 +383,8 @@ OBJECT = b'{"text": "a", "label": 0}\n'
         ("mixture.json", b"[" + OBJECT + b", 3]", "it holds other things than objects"),
         ("twice.jsonl", b'{"text": "a", "text": "b", "label": 0}', "two values of one name"),
         ("surrogate.json", b'[{"text": "\\ud800", "label": 0}]', "surrogates not allowed"),
-        ("2 of a, b.parquet", named(0, 1, 2), "column 'label' holds int and str"),
+        ("2 of a, b.parquet", named(0, 1, 2), "label 2 of column 'label' is none of its 2 classes"),
+        ("two.parquet", named(2, 2, 2), "label 2 of column 'label' is none of its 2 classes"),
         ("hidden.parquet", named(0, 1, -1), "1 of 3 labels .* the first in row 3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
