@@ -174,16 +174,18 @@ def _of_knowledge(table: pd.DataFrame, corrupted: pd.DataFrame, measure: str) ->
     hits = [[layer + 1 for layer in layers] or [0] for layers in units.layers]
     every = [range(n + 1) for n in units.n_layers]
 
-    def known(state: str, value: str = measure) -> np.ndarray:  # (units, layers + 1)
+    def known(state: str, curves: pd.DataFrame) -> np.ndarray:  # (units, layers + 1)
         whole = {"side": "none", "level": 0.0, "kind": "none"} if state == "intact" else {}
         cells = units.assign(state=state, **whole)[_CELL]
-        return by_layer(table, value).reindex(pd.MultiIndex.from_frame(cells)).to_numpy()
+        return curves.reindex(pd.MultiIndex.from_frame(cells)).to_numpy()
 
     def mean(values: np.ndarray, layers: list) -> list[float]:
         return [own[read].mean() for own, read in zip(values, layers, strict=True)]
 
-    intact, broken, healed = map(known, ("intact", "broken", "healed"))
+    curves = by_layer(table, measure)
+    intact, broken, healed = (known(state, curves) for state in ("intact", "broken", "healed"))
     return units.assign(
         knew=mean(intact, hits), broke=mean(broken, hits), knows=mean(healed, hits),
-        cka=mean(known("healed", "cka"), hits), knowledge_loss_all=mean(intact - healed, every),
+        cka=mean(known("healed", by_layer(table, "cka")), hits),
+        knowledge_loss_all=mean(intact - healed, every),
     )  # fmt: skip

@@ -19,6 +19,7 @@ SHARES = (0.9, 0.95, 0.99)  # of the intact score, whose price is asked
 FOUND = ["needed", "reached", "from", "to", "largest", "n"]
 _UNIT = ["model", "task", "seed"]
 _ALIKE = ["learning_rate", "head"]
+_TRAINING = [*SETTING, "train_size", "epochs", *_ALIKE]
 
 
 def by_examples(cells: pd.DataFrame) -> pd.DataFrame:
@@ -56,8 +57,8 @@ def time_to_heal(curves: pd.DataFrame) -> pd.DataFrame:
     begin after it, and so are random layers, which differ from seed to seed."""
     warm = curves["recipe"].isin(["mlm_warm_up", "distillation"])
     curves = beside_end(curves[~warm & (curves["side"] != "random")])
-    by = [*SETTING, "train_size", "epochs", *_ALIKE]
-    return _prices(once(curves, ["key", "step"]).rename(columns={"step": "budget"}), by, 3)
+    curves = once(curves, ["key", "step"]).rename(columns={"step": "budget"})
+    return _prices(curves, _TRAINING, 3)
 
 
 def beside_end(curves: pd.DataFrame) -> pd.DataFrame:
@@ -69,7 +70,7 @@ def beside_end(curves: pd.DataFrame) -> pd.DataFrame:
     ends = curves[curves["state"] == "intact"].sort_values(["evaluations", "step"])
     ends = ends.drop_duplicates(same, keep="last")[[*same, "score"]]
     curves = curves.merge(ends.rename(columns={"score": "intact"}), on=same)
-    each = curves.groupby([*SETTING, "train_size", "epochs", *_ALIKE, "seed"], dropna=False)
+    each = curves.groupby([*_TRAINING, "seed"], dropna=False)
     return curves[curves["evaluations"] == each["evaluations"].transform("max")]
 
 

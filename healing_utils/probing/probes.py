@@ -89,10 +89,7 @@ def labelled(
         what, need = "test ", "({}, words, {})".format(*train.activations.shape[::2])
     if torch.is_tensor(activations):
         activations = activations.detach().cpu().float().numpy()
-    try:
-        x = np.asanyarray(activations)  # which a memory map stays
-    except ValueError:  # lists of unequal lengths
-        x = np.empty(0)
+    x = _array(activations)
     fits = train is None or x.shape[::2] == train.activations.shape[::2]
     if x.ndim != 3 or not x.size or not fits or x.dtype.kind not in "biuf":
         raise HealingError(f"{what}activations must be numbers {need}, got {x.shape} of {x.dtype}")
@@ -116,12 +113,18 @@ def labelled(
     return Words(what, x, np.arange(x.shape[1]), labels, names, ids)
 
 
+def _array(values: Any) -> np.ndarray:
+    """Without a copy where it is one, also of a file in memory; empty, which fits nothing, for
+    lists of unequal lengths."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.empty(0)
+
+
 def column(values: Any, words: int, what: str) -> np.ndarray:
     """`values` as an array (words,)."""
-    try:
-        values = np.asarray(values)
-    except ValueError:  # lists of unequal lengths
-        values = np.empty(0)
+    values = _array(values)
     if values.shape != (words,):
         raise HealingError(f"{what} must be one value a word: {words}, got {values.size}")
     if (missing := pd.isna(values)).any():

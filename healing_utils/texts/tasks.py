@@ -315,7 +315,8 @@ def _csv(path: Path) -> Source:
             raise ValueError(f"row {number} has {len(row)} cells, the header {len(names)}")
 
     def column(name: str) -> list[Any]:
-        return _typed([row[names.index(name)] for row in rows.values()])
+        place = names.index(name)
+        return _typed([row[place] for row in rows.values()])
 
     return Source(str(path), names, column, rows=list(rows))
 
@@ -345,7 +346,6 @@ def _json(path: Path) -> Source:
             lines[number] = f",{lines[number]}"
         lines = ["[", *lines, "]"]
     rows = json.loads("".join(lines), object_pairs_hook=row)
-    rows = rows if isinstance(rows, list) else [rows]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds other things than objects")
     names = list(dict.fromkeys(chain.from_iterable(rows)))
@@ -386,12 +386,12 @@ def _arrow(where: str, schema: pa.Schema, read: Callable[[str], pa.ChunkedArray]
             else:
                 values += chunk.to_pylist()
         if name in classes:  # where the hub writes -1 for a label that is kept secret
-            numbered = {None: None, -1: None, **dict(enumerate(classes[name]))}
-            same = {own: own for own in classes[name]}  # where the column holds the names
-            if unknown := set(values) - numbered.keys() - same.keys():
+            meant = {own: own for own in classes[name]}  # where the column holds the names
+            meant |= {None: None, -1: None, **dict(enumerate(classes[name]))}
+            if unknown := set(values) - meant.keys():
                 said = f"label {min(unknown, key=str)} of column {name!r} is none of its"
                 raise ValueError(f"{said} {len(classes[name])} classes")
-            values = [(same | numbered)[value] for value in values]
+            values = list(map(meant.__getitem__, values))
         return values
 
     return Source(where, schema.names, column, classes)

@@ -51,6 +51,7 @@ def test_help_names_every_parameter_and_the_version_is_told(capsys):
     ],
 )
 def test_a_shell_completes_profiles_and_names_of_parameters_without_torch(line, found, tmp_path):
+    pytest.importorskip("argcomplete")
     asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words"),
              "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}  # fmt: skip
     code = (
@@ -85,7 +86,7 @@ def test_exit_codes_and_no_traceback(monkeypatch, capsys, raised, code, said):
     [
         ("run quikc", "Did you mean 'quick'"), ("plan quikc", "Did you mean 'quick'"),
         ("run quick -p epoch 3", "unknown parameter 'epoch'; did you mean 'epochs'"),
-        ("run quick --executor spark", "invalid choice: 'spark'"),
+        ("run quick --executor spark", "'spark'; allowed: workers, in-process, ray."),
         ("run quick --address 127.0.0.1:1", "add --executor ray"),
         ("run quick --shard 9/8", "shard '9/8' must be i/n"), ("status", "no runs in"),
         ("report", "no runs in"), ("run", "arguments are required: PROFILE"), ("", "COMMAND"),
