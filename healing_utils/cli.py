@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from healing_utils import __version__
-from healing_utils.base.errors import HealingError
+from healing_utils.base.errors import HealingError, choose
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,8 +58,8 @@ def parser() -> Parser:
         )  # fmt: skip
         profile.completer, parameter.completer = _profiles, _names  # for a shell's Tab
         one.add_argument("--shard", metavar="I/N", help="only that share of the cells: 2/8, say")
-    where = ("workers", "in-process", "ray")  # processes of this machine, this one, a cluster's
-    run.add_argument("--executor", choices=where, default="workers", help="who computes cells")
+    executors = "workers (processes here), in-process or ray"
+    run.add_argument("--executor", metavar="NAME", default="workers", help=executors)
     run.add_argument("--address", metavar="HOST:PORT", help="the Ray cluster's, from a node of it")
     run.add_argument("--again", action="store_true", help="execute finished notebooks too")
     for one in (status, report):
@@ -75,6 +75,7 @@ def answer(command: str, given: dict) -> str:
         given["parameters"] = dict(given["parameters"])
         profiles.settle(given["profile"], given["out"], given["parameters"])
     if command == "run":
+        choose(given["executor"], ("workers", "in-process", "ray"), "executor")
         if given["address"] is not None and given["executor"] != "ray":
             raise HealingError("an address is for the executor ray: add --executor ray")
         # A cluster's or a container's polite stop is treated as Ctrl-C.
