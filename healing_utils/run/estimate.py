@@ -24,11 +24,12 @@ from healing_utils.healing.training import encode
 from healing_utils.run import profiles
 from healing_utils.study.cells import ALL_STAGES, Cell
 from healing_utils.study.compute import network
-from healing_utils.study.planning import intact_of, keeps_weights
+from healing_utils.study.planning import intact_of, keeps_weights, needs
 from healing_utils.study.study import Study
 
 ESTIMATE = "estimate.json"  # in the run's folder
 TRIAL_STEPS = (4, 16)  # so that what a step takes is told from what stands around the training
+FEW = 50  # examples that a trial scores
 RECORD = 6000  # bytes, about
 WORK = ["trained", "scored", "operations"]
 ROW = "{:12}{:>7}{:>7}{:>10}{:>10}{:>12}{:>14}"
@@ -107,6 +108,12 @@ def work_of(study: Study, cell: Cell) -> tuple[float, float, float]:
     return trained, scored, 2 * weights * (3 * trained + scored)
 
 
+def scored_on_few(study: Study) -> dict[str, int]:
+    p = study.parameters
+    held_out, test = p["validation_size"], p["test_size"]
+    return {"validation_size": min(held_out, FEW), "test_size": min(test or FEW, FEW)}
+
+
 def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
     """Seconds around a cell, and those an operation, by computing cells like it in `folder`."""
     found = []
@@ -114,16 +121,19 @@ def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
         wanted = steps * study.parameters["batch_size"]
         size = wanted if cell.corpus else min(wanted, training_size(study, cell))
         small = {"train_size": size, "epochs": wanted / size, "evaluations": 1}
-        trial = Study({**study.parameters, **small, "scans": {}, "run": f"{folder}/{steps}"})
+        # Scoring counts by its operations as training does: a few examples tell enough.
+        few = {} if cell.state in ("broken", "untrained") else scored_on_few(study)
+        few |= {"scans": {}, "run": f"{folder}/{steps}"}
+        trial = Study({**study.parameters, **small, **few})
         trial.store.begin()  # makes the folder
         like = replace(cell, settings=tuple({**dict(cell.settings), **small}.items()))
         if cell.corpus is None:
-            if cell.state != "intact":
+            if needs(trial, like) - {like.key}:
                 network(trial, intact_of(trial, cell))
             trial.examples(like)
         start = time.perf_counter()
         trial.record(like, lambda *_: None)
-        trained, _, operations = work_of(study, like)
+        trained, _, operations = work_of(trial, like)
         found.append((time.perf_counter() - start, operations))
         if not trained:  # it was the cell itself
             return 0.0, found[0][0] / operations
@@ -141,8 +151,9 @@ def make(study: Study, shard: str | None = None) -> pd.DataFrame:
             if cell.key not in rows:
                 record = study.store.read(cell.stage, cell.key)
                 seconds = record["times"]["seconds"] if record else np.nan
-                # Time is alike, or goes with the operations, in cells that have this in common.
-                kind = (cell.state, cell.model, cell.task, cell.recipe, cell.start)
+                # Time is alike, or goes with the operations, in cells that have this in common:
+                # tasks differ by their operations alone.
+                kind = (cell.state, cell.model, cell.recipe, cell.start)
                 if cell.corpus is not None:
                     kind = (cell.stage, cell.model, *cell.source)
                 weights = 4 * empty_model(study, cell.model).num_parameters()
