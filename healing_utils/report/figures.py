@@ -73,7 +73,7 @@ def score_points(results: pd.DataFrame):
     majority label."""
     table = plots.usable(results, "score")
     table, looks = plots.sided(table[table.part.isin(["all", "none"])])
-    table = plots.titled(table, "task", "model", "metric")
+    table = plots.titled(table, "task", "model")
     marks = {"broken": "x", "untrained": "+"}
     marks = {state: mark for state, mark in marks.items() if (table.state == state).any()}
     dots = table.assign(order=table.line.map(list(looks).index)).sort_values(["panel", "order"])
@@ -82,14 +82,17 @@ def score_points(results: pd.DataFrame):
         row=lambda t: t.line,
         marker=lambda t: t.state.map(marks).fillna("o"),
     )
-    figure, drawn = plots.intervals(dots, "score", [table.chance.fillna(1).min()])
+    figure, drawn = plots.intervals(dots, "score", [], scores="x")
     for axis, part in drawn:
         if part.chance.notna().any():
             axis.axvline(part.chance.mean(), color=GREY, lw=1, ls=":", label="chance")
     for name, mark in {"after fine-tuning": "o", **marks}.items():
         plots.key(figure, name, ls="", marker=mark, ms=5)
     counts = table.groupby(["panel", "line", "state"]).seed.nunique()
-    figure.measure = plots.measure(table)
+    if table.metric.nunique() > 1:
+        figure.measure = {axis: plots.measure(part) for axis, part in drawn}
+    else:
+        figure.measure = plots.measure(table)
     figure.said = plots.means(table, ["panel", "line", "state"], "score")
     figure.note = plots.seeds(counts, "a mark each of ")
     return figure, table
@@ -175,10 +178,14 @@ def learning_curves(frame: pd.DataFrame):
     frame, looks = plots.sided(frame.assign(where=(frame.side + " layers").mask(both, "")))
     frame = plots.everywhere(frame, both, "where")
     frame = plots.titled(frame, "task", "where", "model").sort_values("panel", kind="stable")
-    figure, drawn = plots.curves(frame, "step", "score", looks, max(2, frame["where"].nunique()))
+    places = frame["where"].nunique()
+    figure, drawn = plots.curves(frame, "step", "score", looks, max(2, places), scores="y")
     for axis, _ in drawn:
         axis.set_xlim(left=0)
-    return figure, frame, f"held-out {plots.measure(frame)}"
+    if len(set(frame.get("metric", ()))) < 2:
+        return figure, frame, f"held-out {plots.measure(frame)}"
+    left = [part for part in drawn if places == 1 or part[0].get_subplotspec().is_first_col()]
+    return figure, frame, {axis: f"held-out {plots.measure(rows)}" for axis, rows in left}
 
 
 # --- on their way out ------------------------------------------------------------------------

@@ -217,6 +217,10 @@ def needed_figure(table: pd.DataFrame):
             axis.plot([row.needs], [row.at], ls="", **look)
     for share, marker in zip(SHARES, "osD", strict=True):
         plots.key(figure, f"{100 * share:.0f} %", marker=marker, ls="")
+    if (table["to"].isna() & table["from"].notna()).any():
+        plots.key(figure, "no end that these seeds tell", ls=DOTS)
+    if more.any():
+        plots.key(figure, "more than was tried", marker=r"$\rightarrow$", ls="")
     said = table.groupby(["panel", "where"], sort=False)["needed"].agg(", ".join)
     figure.said = "; ".join(f"{', '.join(names)}: {needed}" for names, needed in said.items())
     figure.measure = "fine-tuning steps" if "epochs" in table else "labelled examples"

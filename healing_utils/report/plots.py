@@ -40,6 +40,9 @@ COLORS = {  # of sides and states
     "top": "#0072B2", "custom": "#009E73", "random": "#B07C00", "scattered": "#B07C00",
     "all": "#9A4C87",  # Okabe and Ito's purple, darkened to be read on white
 }  # fmt: skip
+METRICS = {
+    "f1": "macro-F1", "matthews": "Matthews' correlation", "spearman": "Spearman's correlation"
+}  # fmt: skip
 DASH, DOTS, DASH_DOT = (0, (4, 1.5)), (0, (2, 1.5)), (0, (6, 2, 1, 2))
 Panels = list[tuple[Axes, pd.DataFrame]]  # each panel with its rows of the table
 
@@ -76,17 +79,19 @@ def captioned(x: str, y: str = "") -> Callable:
     return wrapped
 
 
-def _lay_out(figure: Figure, x: str, y: str | list[str]) -> None:
-    """Name the outer axes, and put what is labelled below, under the note."""
-    names, lowest = dict(enumerate([y] if isinstance(y, str) else y)), {}
+def _lay_out(figure: Figure, x: str | dict[Axes, str], y: str | list | dict[Axes, str]) -> None:
+    """Name the outer axes, or those that are given, and put what is labelled below, under the
+    note."""
+    names: dict[Any, str] = {0: y} if isinstance(y, str) else y
+    names, lowest = dict(enumerate(names)) if isinstance(names, list) else names, {}
     found: dict[str, Any] = {}
     for axis in figure.axes:  # they come row by row
         found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         if spec := axis.get_subplotspec():
             lowest[spec.colspan.start] = axis
-            axis.set(xlabel="", ylabel=names.get(spec.colspan.start, ""))
-    for axis in lowest.values():
-        axis.set_xlabel(x)
+            axis.set(xlabel="", ylabel=names.get(axis, names.get(spec.colspan.start, "")))
+    for axis, name in (x if isinstance(x, dict) else dict.fromkeys(lowest.values(), x)).items():
+        axis.set_xlabel(name)
     if found or figure.note:
         # In inches: the handle with its space, and the longest label.
         most = figure.get_figwidth() // (0.46 + 0.067 * max(map(len, found), default=0))
@@ -99,11 +104,13 @@ def _lay_out(figure: Figure, x: str, y: str | list[str]) -> None:
 
 
 def panels(
-    frame: pd.DataFrame, heights: float | Sequence[float], columns: int = 3, **share: Any
-) -> tuple[Figure, Panels]:
+    frame: pd.DataFrame, heights: float | Sequence[float], columns: int = 3, scores: str = "",
+    **share: Any,
+) -> tuple[Figure, Panels]:  # fmt: skip
     """A figure with a panel for each `panel`, in at most so many columns. `heights`: inches of each
-    row of panels within their frames. They share the y axis unless `share` says else. What draws
-    into them sets the figure's kind, what is said of it, and its note."""
+    row of panels within their frames. They share the y axis unless `share` says else; the axis of
+    `scores` (x or y), where there is one, those of one metric. What draws into them sets the
+    figure's kind, what is said of it, and its note."""
     groups = dict(list(frame.groupby("panel", sort=False)))
     columns = 2 if len(groups) == 4 and columns == 3 else min(len(groups), columns)
     heights = np.broadcast_to(heights, math.ceil(len(groups) / columns))
@@ -114,14 +121,21 @@ def panels(
     figure = Figure(figsize=(width, heights.sum() + around * len(heights) + 0.4))
     figure.kind, figure.said, figure.note = "Dot plot", "", ""
     share = {"sharey": True, "height_ratios": heights, "squeeze": False, **share}
+    apart = bool(scores) and len(set(frame.get("metric", ()))) > 1
+    share |= {f"share{scores}": False} if apart else {}
     grid = list(figure.subplots(len(heights), columns, **share).flat)
     for axis, title in zip(grid, titles, strict=False):
         axis.set_title(title)
     for axis in grid[len(groups) :]:
         axis.remove()
-    return figure, [
-        (axis, groups[title].copy()) for axis, title in zip(figure.axes, groups, strict=True)
-    ]
+    drawn = [(axis, groups[title].copy()) for axis, title in zip(figure.axes, groups, strict=True)]
+    if apart:
+        firsts: dict[str, Axes] = {}
+        for axis, rows in drawn:
+            first = firsts.setdefault(rows["metric"].iloc[0], axis)
+            if axis is not first:
+                getattr(axis, f"share{scores}")(first)
+    return figure, drawn
 
 
 def key(figure: Figure, label: str, **look: Any) -> None:
@@ -185,7 +199,7 @@ def sided(frame: pd.DataFrame, kind: str = "kind") -> tuple[pd.DataFrame, dict[s
 
 
 def intervals(
-    frame: pd.DataFrame, value: str, show: Sequence[float], each=0.24, form="z.2f"
+    frame: pd.DataFrame, value: str, show: Sequence[float], each=0.24, form="z.2f", scores=""
 ) -> tuple[Figure, Panels]:
     """A dot with its t-interval for each `row`, of ``value value_low value_high color filled dodge
     marker`` (dodge: down, in rows), at the height `at`. Panels stand side by side where all have
@@ -196,14 +210,16 @@ def intervals(
     alike = all(set(rows) == set(names[0]) for rows in names)
     names = names[:1] * len(names) if alike else names
     layout = (each * len(names[0]), 3) if alike else ([each * len(rows) for rows in names], 1)
-    figure, drawn = panels(frame, *layout, sharex=True, sharey=alike)
-    least, most = min(frame[value].min(), *show), max(frame[value].max(), *show)
-    pad = 0.04 * (most - least)
-    left = max(2 * least - most, np.fmin(least, frame[f"{value}_low"].min())) - pad
-    right = min(2 * most - least, np.fmax(most, frame[f"{value}_high"].max())) + pad
+    figure, drawn = panels(frame, *layout, scores, sharex=True, sharey=alike)
     figure.note = seeds(frame["n"]) + "; bars: 95 % t-intervals"
     figure.said = means(frame, ["panel", "row"], value, form)
     for (axis, part), rows in zip(drawn, names, strict=True):
+        along = frame[frame["metric"].isin(part["metric"])] if scores else frame
+        span = [*along[value], *(along["chance"].dropna() if scores else ()), *show]
+        least, most = min(span), max(span)
+        pad = 0.04 * (most - least)
+        left = max(2 * least - most, np.fmin(least, along[f"{value}_low"].min())) - pad
+        right = min(2 * most - least, np.fmax(most, along[f"{value}_high"].max())) + pad
         axis.set_yticks(range(len(rows)), rows)
         axis.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5))
         part["at"] = part["row"].map(rows.index) + part["dodge"]
@@ -297,7 +313,7 @@ def context(frame: pd.DataFrame) -> str:
     """What the rows behind a figure are of, as far as they say it."""
     said = []
     for name in [n for n in ("model", "corpus", "kind", "metric") if n in frame]:
-        found = frame[name].replace("f1", "macro-F1").astype(str).unique()
+        found = frame[name].replace(METRICS).astype(str).unique()
         found = [x for x in found if x not in ("", "none", "scratch", "nan")]
         said += [f"{name}: {' and '.join(found)}"] if found else []
     return "; ".join(said)
@@ -306,7 +322,7 @@ def context(frame: pd.DataFrame) -> str:
 def measure(frame: pd.DataFrame) -> str:
     """The metrics of scores, by name."""
     found = frame["metric"] if "metric" in frame else pd.Series(["score"])
-    return " or ".join(found.replace("f1", "macro-F1").unique())
+    return " or ".join(found.replace(METRICS).unique())
 
 
 def at_ends(frame: pd.DataFrame, x: str, y: str) -> str:

@@ -305,6 +305,26 @@ def test_recovery_of_chosen_layers_of_init_alone_and_without_scratch():
     assert "bottom layers, init: 1.00 at 0 to 0.80 at 0.5" in alone.alt
 
 
+def test_scores_of_another_metric_have_an_axis_of_their_own():
+    table = results(("cola", "sst2", "emotion"))
+    cola = table.task == "cola"
+    table = table.assign(metric=np.where(cola, "matthews", "f1"), chance=np.where(cola, 0.0, 0.4))
+    table["score"] = table.score * np.where(cola, 0.2, 1)
+    axes = figures.score_points(table).axes
+    names = ["Matthews' correlation", "macro-F1", "macro-F1"]
+    assert [axis.get_xlabel() for axis in axes] == names
+    limits = [axis.get_xlim() for axis in axes]
+    assert limits[1] == limits[2] and limits[1][0] > 0.3 and limits[0][1] < 0.3
+    told = curves().assign(side=lambda t: t.side.replace("none", "top"))
+    told = pd.concat(
+        [told.assign(task=name, metric=part.metric.iloc[0]) for name, part in table.groupby("task")]
+    )
+    told["score"] *= np.where(told.task == "cola", 0.2, 1)
+    axes = figures.learning_curves(told).axes
+    assert [axis.get_ylabel() for axis in axes] == [f"held-out {name}" for name in names]
+    assert axes[0].get_ylim()[1] < 0.3 and axes[1].get_ylim() == axes[2].get_ylim()
+
+
 def test_score_points_hold_every_score_of_every_state():
     table = results()
     (axis,) = figures.score_points(table).axes
