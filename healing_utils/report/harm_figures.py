@@ -203,13 +203,14 @@ def needed_figure(table: pd.DataFrame):
     table = table.assign(
         **{"row": table["where"], "needs_low": table["from"], "needs_high": table["to"]},
         color=color.fillna(GREY),
+        open=table["to"].isna() & (table["from"] < table["largest"]),
         dodge=table["share"].map(dict(zip(SHARES, (-0.26, 0, 0.26), strict=True))),
         marker=table["share"].map(dict(zip(SHARES, "osD", strict=True))),
     )
     show = [0, 1.06 * table["largest"].max()]
     figure, drawn = plots.intervals(table, "needs", show, each=0.3)
     for axis, rows in drawn:
-        for row in rows[rows["to"].isna() & rows["from"].notna()].itertuples():
+        for row in rows[rows["open"]].itertuples():
             axis.hlines(row.at, rows["from"][row.Index], row.largest, color=row.color, ls=DOTS)
         beyond = offset_copy(axis.transData, figure, x=8, units="points")
         for row in rows[~rows["filled"]].itertuples():
@@ -217,7 +218,7 @@ def needed_figure(table: pd.DataFrame):
             axis.plot([row.needs], [row.at], ls="", **look)
     for share, marker in zip(SHARES, "osD", strict=True):
         plots.key(figure, f"{100 * share:.0f} %", marker=marker, ls="")
-    if (table["to"].isna() & table["from"].notna()).any():
+    if table["open"].any():
         plots.key(figure, "no end that these seeds tell", ls=DOTS)
     if more.any():
         plots.key(figure, "more than was tried", marker=r"$\rightarrow$", ls="")
