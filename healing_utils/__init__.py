@@ -26,7 +26,6 @@ _WHERE = {
     "extract_activations": "probing.activations",
     "sentence_activations": "probing.activations",
     "probe_layers": "probing.probes",
-    "probe_task": "study.linguistics",
     "rank_neurons": "probing.neurons",
     "minimal_neurons": "probing.neurons",
     "ablate": "probing.neurons",

@@ -89,10 +89,7 @@ def score_points(results: pd.DataFrame):
     for name, mark in {"after fine-tuning": "o", **marks}.items():
         plots.key(figure, name, ls="", marker=mark, ms=5)
     counts = table.groupby(["panel", "line", "state"]).seed.nunique()
-    if table.metric.nunique() > 1:
-        figure.measure = {axis: plots.measure(part) for axis, part in drawn}
-    else:
-        figure.measure = plots.measure(table)
+    figure.measure = "{}"
     figure.said = plots.means(table, ["panel", "line", "state"], "score")
     figure.note = plots.seeds(counts, "a mark each of ")
     return figure, table
@@ -178,14 +175,11 @@ def learning_curves(frame: pd.DataFrame):
     frame, looks = plots.sided(frame.assign(where=(frame.side + " layers").mask(both, "")))
     frame = plots.everywhere(frame, both, "where")
     frame = plots.titled(frame, "task", "where", "model").sort_values("panel", kind="stable")
-    places = frame["where"].nunique()
-    figure, drawn = plots.curves(frame, "step", "score", looks, max(2, places), scores="y")
+    columns = max(2, frame["where"].nunique())
+    figure, drawn = plots.curves(frame, "step", "score", looks, columns, scores="y")
     for axis, _ in drawn:
         axis.set_xlim(left=0)
-    if len(set(frame.get("metric", ()))) < 2:
-        return figure, frame, f"held-out {plots.measure(frame)}"
-    left = [part for part in drawn if places == 1 or part[0].get_subplotspec().is_first_col()]
-    return figure, frame, {axis: f"held-out {plots.measure(rows)}" for axis, rows in left}
+    return figure, frame, "held-out {}"
 
 
 # --- on their way out ------------------------------------------------------------------------

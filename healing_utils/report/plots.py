@@ -79,19 +79,19 @@ def captioned(x: str, y: str = "") -> Callable:
     return wrapped
 
 
-def _lay_out(figure: Figure, x: str | dict[Axes, str], y: str | list | dict[Axes, str]) -> None:
-    """Name the outer axes, or those that are given, and put what is labelled below, under the
-    note."""
-    names: dict[Any, str] = {0: y} if isinstance(y, str) else y
-    names, lowest = dict(enumerate(names)) if isinstance(names, list) else names, {}
+def _lay_out(figure: Figure, x: str, y: str | list[str]) -> None:
+    """Name the outer axes, or all where their metrics differ, for which ``{}`` stands; and put what
+    is labelled below, under the note."""
+    names, lowest = dict(enumerate([y] if isinstance(y, str) else y)), {}
     found: dict[str, Any] = {}
     for axis in figure.axes:  # they come row by row
         found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         if spec := axis.get_subplotspec():
-            lowest[spec.colspan.start] = axis
-            axis.set(xlabel="", ylabel=names.get(axis, names.get(spec.colspan.start, "")))
-    for axis, name in (x if isinstance(x, dict) else dict.fromkeys(lowest.values(), x)).items():
-        axis.set_xlabel(name)
+            column = 0 if figure.apart else spec.colspan.start
+            lowest[axis if figure.apart else column] = axis
+            axis.set(xlabel="", ylabel=names.get(column, "").format(axis.metric))
+    for axis in lowest.values():
+        axis.set_xlabel(x.format(axis.metric))
     if found or figure.note:
         # In inches: the handle with its space, and the longest label.
         most = figure.get_figwidth() // (0.46 + 0.067 * max(map(len, found), default=0))
@@ -121,20 +121,20 @@ def panels(
     figure = Figure(figsize=(width, heights.sum() + around * len(heights) + 0.4))
     figure.kind, figure.said, figure.note = "Dot plot", "", ""
     share = {"sharey": True, "height_ratios": heights, "squeeze": False, **share}
-    apart = bool(scores) and len(set(frame.get("metric", ()))) > 1
-    share |= {f"share{scores}": False} if apart else {}
+    figure.apart = bool(scores) and len(set(frame.get("metric", ()))) > 1
+    share |= {f"share{scores}": False} if figure.apart else {}
     grid = list(figure.subplots(len(heights), columns, **share).flat)
     for axis, title in zip(grid, titles, strict=False):
         axis.set_title(title)
     for axis in grid[len(groups) :]:
         axis.remove()
     drawn = [(axis, groups[title].copy()) for axis, title in zip(figure.axes, groups, strict=True)]
-    if apart:
-        firsts: dict[str, Axes] = {}
-        for axis, rows in drawn:
-            first = firsts.setdefault(rows["metric"].iloc[0], axis)
-            if axis is not first:
-                getattr(axis, f"share{scores}")(first)
+    firsts: dict[str, Axes] = {}
+    for axis, rows in drawn:
+        axis.metric = measure(rows)
+        first = firsts.setdefault(axis.metric, axis)
+        if figure.apart and axis is not first:
+            getattr(axis, f"share{scores}")(first)
     return figure, drawn
 
 

@@ -108,12 +108,6 @@ def work_of(study: Study, cell: Cell) -> tuple[float, float, float]:
     return trained, scored, 2 * weights * (3 * trained + scored)
 
 
-def scored_on_few(study: Study) -> dict[str, int]:
-    p = study.parameters
-    held_out, test = p["validation_size"], p["test_size"]
-    return {"validation_size": min(held_out, FEW), "test_size": min(test or FEW, FEW)}
-
-
 def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
     """Seconds around a cell, and those an operation, by computing cells like it in `folder`."""
     found = []
@@ -121,8 +115,9 @@ def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
         wanted = steps * study.parameters["batch_size"]
         size = wanted if cell.corpus else min(wanted, training_size(study, cell))
         small = {"train_size": size, "epochs": wanted / size, "evaluations": 1}
-        # Scoring counts by its operations as training does: a few examples tell enough.
-        few = {} if cell.state in ("broken", "untrained") else scored_on_few(study)
+        # Scoring counts by its operations, as training does: where both are, few examples tell it.
+        few = () if cell.state in ("broken", "untrained") else ("validation_size", "test_size")
+        few = {name: min(study.parameters[name] or FEW, FEW) for name in few}
         few |= {"scans": {}, "run": f"{folder}/{steps}"}
         trial = Study({**study.parameters, **small, **few})
         trial.store.begin()  # makes the folder

@@ -14,14 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from healing_utils.base.errors import HealingError
 from healing_utils.healing import models
 from healing_utils.healing.training import evaluate
 from healing_utils.probing import activations, neurons
 from healing_utils.probing.probes import online_codelength, probe_layers
 from healing_utils.study.cells import CORRUPTED, Cell
 from healing_utils.study.compute import network, similarity
-from healing_utils.texts.tasks import TaskData
 
 ABLATION_EXAMPLES = 200  # training sentences over which a neuron's mean is taken
 ABLATED = (0.01, 0.05, 0.2)  # shares of all neurons
@@ -117,27 +115,6 @@ COMPUTE = {"probing": _probe, "neurons": _neurons}
 
 
 # -- for notebooks ---------------------------------------------------------------------------------
-
-
-def probe_task(
-    model: torch.nn.Module, tokenizer: Any, task: TaskData, pooling: str = "first", *,
-    seed: int = 0, train_size: int | None = None, **settings: Any,
-) -> pd.DataFrame:  # fmt: skip
-    """What each layer tells about whole sentences: `probe_layers`' table, without selectivity, as a
-    control task needs word types.
-
-    A sentence is the state of its first token ([CLS], wherever the tokenizer puts it) or the
-    ``mean`` over its tokens; `train_size` training sentences (None: all) are drawn by `seed`.
-    Raises HealingError for a regression task."""
-    if task.regression:
-        raise HealingError(f"task {task.name!r} is a regression: a probe needs classes")
-    given = []
-    for split in (task.draw(seed, train_size, 0)[0], task.test):
-        states = activations.sentence_activations(
-            model, tokenizer, split.texts, pooling, device=settings.get("device")
-        )
-        given += [states, split.labels]
-    return probe_layers(*given, seed=seed, **settings)
 
 
 def score_networks(study: Any) -> None:
