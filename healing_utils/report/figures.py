@@ -73,15 +73,16 @@ def score_points(results: pd.DataFrame):
     majority label."""
     table = plots.usable(results, "score")
     table, looks = plots.sided(table[table.part.isin(["all", "none"])])
-    table = plots.titled(table, "task", "model")
-    marks = {"broken": "x", "untrained": "+"}
-    marks = {state: mark for state, mark in marks.items() if (table.state == state).any()}
-    dots = table.assign(order=table.line.map(list(looks).index)).sort_values(["panel", "order"])
-    dots = dots.assign(
-        **{"score_low": math.nan, "score_high": math.nan, "n": 1, "dodge": 0, "filled": True},
-        row=lambda t: t.line,
-        marker=lambda t: t.state.map(marks).fillna("o"),
-    )
+    one = len(table[["task", "metric"]].drop_duplicates()) == table.task.nunique()
+    table = plots.titled(table, "task", "model", *([] if one else ["metric"]))
+    marks = {s: m for s, m in (("broken", "x"), ("untrained", "+")) if (table.state == s).any()}
+    dots = table.assign(
+        **{"score_low": math.nan, "score_high": math.nan, "n": 1, "filled": True},
+        dodge=0.8 * (table.seed.rank(method="dense") / (table.seed.nunique() + 1) - 0.5),
+        order=table.line.map(list(looks).index),
+        row=table.line,
+        marker=table.state.map(marks).fillna("o"),
+    ).sort_values(["panel", "order"])
     figure, drawn = plots.intervals(dots, "score", [], scores="x")
     for axis, part in drawn:
         if part.chance.notna().any():
@@ -112,7 +113,7 @@ def claims_figure(claims: pd.DataFrame):
         **dict(zip(("effect", "effect_low", "effect_high"), points.T.to_numpy(), strict=True)),
         **{"panel": "", "dodge": 0, "marker": "o", "filled": claims.verdict != "undecided"},
         row=text + (np.where(claims.claim.duplicated(), "  ", "\n") + who).where(who != "", ""),
-        color=claims.verdict.map({"holds": COLORS["top"], "fails": COLORS["bottom"]}).fillna(GREY),
+        color=np.where(claims.verdict == "undecided", GREY, COLORS["intact"]),  # no side's
         p=claims.p_corrected.fillna(claims.p),
         note=claims.evidence.str.extract("^(demonstration)")[0].fillna(""),
     )

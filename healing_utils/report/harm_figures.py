@@ -98,7 +98,7 @@ def league_figure(table: pd.DataFrame):
         **{"dodge": 0, "marker": "o", "filled": better | worse},
         title=table["place"] + ", " + table["harm"].map(harm_name),
         row=table["recipe"].map(harm_name),
-        color=np.select([better, worse], [COLORS["top"], COLORS["bottom"]], GREY),
+        color=np.where(better | worse, COLORS["intact"], GREY),  # no side's
         order=-table.groupby("recipe")["gain"].transform("mean"),
     ).sort_values("order", kind="stable")
     table = plots.titled(table, "title", "start", "budget", "model")
@@ -170,7 +170,7 @@ def healing_over_time(curves: pd.DataFrame):
     for side in ("bottom", "top"):
         looks[f"{side}, kept"] = {"color": COLORS[side]}
         looks[f"{side}, taken out"] = {"color": COLORS[side], "ls": DASH}
-    figure, drawn = plots.curves(table, "step", "retained", looks, height=2.4)
+    figure, drawn = plots.curves(table, "step", "retained", looks, height=2.4, sharey=False)
     for axis, rows in drawn:
         if rows["floor"].notna().any():
             look = {"color": GREY, "lw": 1.2, "ls": DASH_DOT, "zorder": 1}
@@ -185,7 +185,7 @@ def healing_over_time(curves: pd.DataFrame):
 def needed_figure(table: pd.DataFrame):
     """What it takes to reach 90, 95 and 99 % of the intact score, in labelled examples or steps.
     Marks: from where the mean stays above; bars: the range that the 95 % t-intervals over seeds
-    leave, dotted where they leave no end. Open, with an arrow: more than was tried. Settings of
+    leave, dashed where they leave no end. Open, with an arrow: more than was tried. Settings of
     which nothing can be told are left out."""
     table = plots.usable(ordered(table) if len(table) else table, "share")
     more = table["needed"].str.startswith("more").astype(bool)
@@ -219,10 +219,11 @@ def needed_figure(table: pd.DataFrame):
     for share, marker in zip(SHARES, "osD", strict=True):
         plots.key(figure, f"{100 * share:.0f} %", marker=marker, ls="")
     if table["open"].any():
-        plots.key(figure, "no end that these seeds tell", ls=DOTS)
+        plots.key(figure, "not reached for sure", ls=DOTS)
     if more.any():
         plots.key(figure, "more than was tried", marker=r"$\rightarrow$", ls="")
     said = table.groupby(["panel", "where"], sort=False)["needed"].agg(", ".join)
     figure.said = "; ".join(f"{', '.join(names)}: {needed}" for names, needed in said.items())
+    figure.note = figure.note.replace("bars:", "bars: from where to where by")
     figure.measure = "fine-tuning steps" if "epochs" in table else "labelled examples"
     return figure, table

@@ -40,9 +40,7 @@ COLORS = {  # of sides and states
     "top": "#0072B2", "custom": "#009E73", "random": "#B07C00", "scattered": "#B07C00",
     "all": "#9A4C87",  # Okabe and Ito's purple, darkened to be read on white
 }  # fmt: skip
-METRICS = {
-    "f1": "macro-F1", "matthews": "Matthews' correlation", "spearman": "Spearman's correlation"
-}  # fmt: skip
+METRICS = {"f1": "macro-F1", "matthews": "Matthews correlation", "spearman": "Spearman correlation"}
 DASH, DOTS, DASH_DOT = (0, (4, 1.5)), (0, (2, 1.5)), (0, (6, 2, 1, 2))
 Panels = list[tuple[Axes, pd.DataFrame]]  # each panel with its rows of the table
 
@@ -62,8 +60,8 @@ def captioned(x: str, y: str = "") -> Callable:
         def drawn(*args: Any, **kwargs: Any) -> Figure:
             with style():
                 figure, frame, *names = draw(*args, **kwargs)
-                names = (names or [y])[0]
-                _lay_out(figure, getattr(figure, "measure", x), names)
+                named = getattr(figure, "measure", x)
+                _lay_out(figure, named, (names or [y])[0])
             sides = {"bottom", "top"} & set(frame.get("side", ())) or "claim" in frame
             organism = sides and "organism" in set(frame.get("model", ()))
             made = "; ".join(filter(None, [context(frame), figure.note]))
@@ -71,7 +69,8 @@ def captioned(x: str, y: str = "") -> Callable:
             caption = f"{draw.__doc__ or ''} {made}. "
             caption += DEMONSTRATION if organism else ""
             figure.caption = " ".join(caption.split())
-            figure.alt = " ".join(f"{figure.kind} by {x}: {figure.said}.".split())
+            alt = f"{figure.kind} by {x if '{' in named else named}: {figure.said}."
+            figure.alt = " ".join(alt.split())
             return figure
 
         return drawn
@@ -132,9 +131,8 @@ def panels(
     firsts: dict[str, Axes] = {}
     for axis, rows in drawn:
         axis.metric = measure(rows)
-        first = firsts.setdefault(axis.metric, axis)
-        if figure.apart and axis is not first:
-            getattr(axis, f"share{scores}")(first)
+        if figure.apart and axis is not firsts.setdefault(axis.metric, axis):
+            getattr(axis, f"share{scores}")(firsts[axis.metric])
     return figure, drawn
 
 
@@ -205,7 +203,7 @@ def intervals(
     marker`` (dodge: down, in rows), at the height `at`. Panels stand side by side where all have
     the same rows, else below one another, each with its own. The axis holds all values, those to
     `show`, and as much again to both sides where intervals need it; an arrow stands where its end
-    cuts one. `each`: inches of a row."""
+    cuts one. `each`: inches of a row; `scores`: as of `panels`, with their `chance` on the axis."""
     names = [list(part["row"].unique()) for _, part in frame.groupby("panel", sort=False)]
     alike = all(set(rows) == set(names[0]) for rows in names)
     names = names[:1] * len(names) if alike else names
@@ -214,10 +212,9 @@ def intervals(
     figure.note = seeds(frame["n"]) + "; bars: 95 % t-intervals"
     figure.said = means(frame, ["panel", "row"], value, form)
     for (axis, part), rows in zip(drawn, names, strict=True):
-        along = frame[frame["metric"].isin(part["metric"])] if scores else frame
-        span = [*along[value], *(along["chance"].dropna() if scores else ()), *show]
-        least, most = min(span), max(span)
-        pad = 0.04 * (most - least)
+        along = frame[frame["metric"].isin(part["metric"])] if figure.apart else frame
+        span = [*along[[value, "chance"] if scores else [value]].stack().dropna(), *show]
+        least, most, pad = min(span), max(span), 0.04 * (np.ptp(span) or 1)
         left = max(2 * least - most, np.fmin(least, along[f"{value}_low"].min())) - pad
         right = min(2 * most - least, np.fmax(most, along[f"{value}_high"].max())) + pad
         axis.set_yticks(range(len(rows)), rows)
@@ -321,7 +318,7 @@ def context(frame: pd.DataFrame) -> str:
 
 def measure(frame: pd.DataFrame) -> str:
     """The metrics of scores, by name."""
-    found = frame["metric"] if "metric" in frame else pd.Series(["score"])
+    found = frame["metric"].dropna() if "metric" in frame else pd.Series(["score"])
     return " or ".join(found.replace(METRICS).unique())
 
 

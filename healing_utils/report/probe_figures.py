@@ -146,10 +146,10 @@ def ablation_curves(ablation: pd.DataFrame):
     frame["line"] = frame.which.map({which: name for which, (name, _) in RANKS.items()})
     frame = plots.titled(frame.assign(title=frame.network + "\n" + frame.place), "title", "model")
     look = (dict(RANKS.values()), _columns(frame.place), 1.3)
-    figure, drawn = plots.curves(frame, "percent", "change", *look)
+    figure, drawn = plots.curves(frame, "percent", "change", *look, scores="y")
     for axis, _ in drawn:
         axis.axhline(0, color=plots.GREY, lw=1, zorder=1, label="nothing ablated")
-    return figure, frame, f"change in {plots.measure(frame)}"
+    return figure, frame, "change in {}"
 
 
 @captioned("loss: intact - healed")

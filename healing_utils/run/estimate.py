@@ -93,17 +93,18 @@ def training_size(study: Study, cell: Cell) -> int:
     return data.sizes(p["train_size"], p["validation_size"])[0]
 
 
-def work_of(study: Study, cell: Cell) -> tuple[float, float, float]:
-    """Tokens trained on and scored, and operations; training takes three forward passes for one."""
+def work_of(study: Study, cell: Cell, **few: int) -> tuple[float, float, float]:
+    """Tokens trained on and scored (in a trial `few`), and operations: of training three times."""
     if cell.corpus is not None:
         drawn = study.corpus(*cell.source, cell.seed)
         trained, scored = 0.0, 1.5 * (drawn.train.size + drawn.test.size)  # word pieces, about
     else:
-        p, each = study.settings(cell), text_length(study, cell.model, cell.task)
+        p, each = study.settings(cell) | few, text_length(study, cell.model, cell.task)
         trains = cell.state not in ("broken", "untrained")
         trained = training_size(study, cell) * p["epochs"] * each * trains
         held_out = (p["evaluations"] + 1) * p["validation_size"] * trains
-        scored = (len(study.task(cell.task).test) + held_out) * each
+        test = len(study.task(cell.task).test)
+        scored = (min(test, few.get("test_size", test)) + held_out) * each
     weights = empty_model(study, cell.model).num_parameters(exclude_embeddings=True)
     return trained, scored, 2 * weights * (3 * trained + scored)
 
@@ -118,17 +119,17 @@ def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
         # Scoring counts by its operations, as training does: where both are, few examples tell it.
         few = () if cell.state in ("broken", "untrained") else ("validation_size", "test_size")
         few = {name: min(study.parameters[name] or FEW, FEW) for name in few}
-        few |= {"scans": {}, "run": f"{folder}/{steps}"}
-        trial = Study({**study.parameters, **small, **few})
+        run = f"{folder}/{steps}"
+        trial = Study({**study.parameters, **small, **few, "scans": {}, "run": run})
         trial.store.begin()  # makes the folder
         like = replace(cell, settings=tuple({**dict(cell.settings), **small}.items()))
         if cell.corpus is None:
-            if needs(trial, like) - {like.key}:
+            if needs(trial, like):
                 network(trial, intact_of(trial, cell))
             trial.examples(like)
+        trained, _, operations = work_of(study, like, **few)
         start = time.perf_counter()
         trial.record(like, lambda *_: None)
-        trained, _, operations = work_of(trial, like)
         found.append((time.perf_counter() - start, operations))
         if not trained:  # it was the cell itself
             return 0.0, found[0][0] / operations
@@ -146,9 +147,10 @@ def make(study: Study, shard: str | None = None) -> pd.DataFrame:
             if cell.key not in rows:
                 record = study.store.read(cell.stage, cell.key)
                 seconds = record["times"]["seconds"] if record else np.nan
-                # Time is alike, or goes with the operations, in cells that have this in common:
-                # tasks differ by their operations alone.
-                kind = (cell.state, cell.model, cell.recipe, cell.start)
+                # Time is alike, or goes with the operations, in cells that have this in common; of
+                # what is not trained nothing tells what loading takes: of one task alone.
+                alone = cell.task if cell.state in ("broken", "untrained") else ""
+                kind = (cell.state, cell.model, alone, cell.recipe, cell.start)
                 if cell.corpus is not None:
                     kind = (cell.stage, cell.model, *cell.source)
                 weights = 4 * empty_model(study, cell.model).num_parameters()

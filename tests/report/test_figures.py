@@ -311,7 +311,7 @@ def test_scores_of_another_metric_have_an_axis_of_their_own():
     table = table.assign(metric=np.where(cola, "matthews", "f1"), chance=np.where(cola, 0.0, 0.4))
     table["score"] = table.score * np.where(cola, 0.2, 1)
     axes = figures.score_points(table).axes
-    names = ["Matthews' correlation", "macro-F1", "macro-F1"]
+    names = ["Matthews correlation", "macro-F1", "macro-F1"]
     assert [axis.get_xlabel() for axis in axes] == names
     limits = [axis.get_xlim() for axis in axes]
     assert limits[1] == limits[2] and limits[1][0] > 0.3 and limits[0][1] < 0.3

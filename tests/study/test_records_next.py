@@ -19,7 +19,8 @@ from healing_utils.study.cells import NUMERICS, PROBING_NUMERICS, RECIPE
 from healing_utils.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
-FOUND = [*(ROOT / "data" / "records-next").iterdir(), ROOT / "data" / "results" / "minilm_long"]
+FOUND = [path.parent for path in (ROOT / "data" / "records-next").glob("*/records")]
+FOUND += [ROOT / "data" / "results" / "minilm_long"]
 
 
 def records(folder: Path) -> list[dict]:
