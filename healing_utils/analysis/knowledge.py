@@ -101,12 +101,12 @@ def before_after(table: pd.DataFrame, value: str, model: str) -> tuple[pd.DataFr
 
 
 def kept_depth(probing: pd.DataFrame) -> pd.DataFrame:
-    """What fine-tuning leaves of the selectivity in the deeper half of the layers, `kept_share` of
+    """What fine-tuning leaves of the accuracy in the deeper half of the layers, `kept_share` of
     what was there, where it was above zero: means with t-intervals over the `n` complete seeds, a
     row a model and task."""
     table, rows = checked(probing), []
     for model in dict.fromkeys(table.model):
-        before, after = before_after(table, "selectivity", model)
+        before, after = before_after(table, "accuracy", model)
         whole, had = (before.notna() & after.notna()).all(axis=1), deeper_half(before)
         shares = (deeper_half(after) / had).where(whole & (had > 0))
         for task, own in shares.groupby(level="task"):
@@ -116,7 +116,7 @@ def kept_depth(probing: pd.DataFrame) -> pd.DataFrame:
 
 
 def healing_by_cell(
-    probing: pd.DataFrame, task_results: pd.DataFrame, kind="reinit", measure="selectivity"
+    probing: pd.DataFrame, task_results: pd.DataFrame, kind="reinit", measure="accuracy"
 ) -> pd.DataFrame:
     """Losses and healing of score and of knowledge, one row per corrupted setting and seed:
     `task_loss` = intact - healed score; `knowledge_loss` and `knowledge_healing` of the `measure`

@@ -1,7 +1,7 @@
 """Figures of what layers and neurons know: before, after, broken and healed.
 
 They take the tables of the stages `probing` and `neurons`, and draw as `figures` does. A `value` of
-the probes is ``selectivity``, ``accuracy`` or ``cka``. Bottom and top always mean layers: neurons
+the probes is ``accuracy``, ``selectivity`` or ``cka``. Bottom and top always mean layers: neurons
 are strongest, random or weakest.
 """
 
@@ -15,7 +15,7 @@ from healing_utils.base.errors import choose
 from healing_utils.report import plots
 from healing_utils.report.plots import COLORS, DASH, DASH_DOT, DOTS, captioned
 
-NAMES = {"selectivity": "selectivity", "accuracy": "accuracy", "cka": "linear CKA to intact"}
+NAMES = {"accuracy": "accuracy", "selectivity": "selectivity", "cka": "linear CKA to intact"}
 BEFORE = {"pretrained": "pre-trained", "untrained": "random weights"}
 STATES = [*BEFORE, "intact", "broken", "healed"]
 NETWORK = ["model", "task", "state", "seed", "place"]
@@ -28,9 +28,9 @@ RANKS = {
 
 
 @captioned(plots.LAYER)
-def layer_curves(probing: pd.DataFrame, value: str = "selectivity"):
+def layer_curves(probing: pd.DataFrame, value: str = "accuracy"):
     """What linear probes of each layer find before fine-tuning, and what fine-tuning on a task
-    changes, paired by seed. Selectivity: accuracy less that on random labels per word type."""
+    changes, paired by seed. Random weights: the untrained model, their floor."""
     choose(value, NAMES, "value of the probes")
     return _before_after(_cells(probing, value, [*BEFORE, "intact"]), value, NAMES[value])
 
@@ -70,10 +70,9 @@ def _before_after(frame: pd.DataFrame, value: str, name: str, x: str = "layer"):
 
 
 @captioned(plots.LAYER)
-def healed_curves(probing: pd.DataFrame, value: str = "selectivity", task: str | None = None):
+def healed_curves(probing: pd.DataFrame, value: str = "accuracy", task: str | None = None):
     """What linear probes find less in broken models (corrupted, not trained again) and in healed
-    ones (corrupted, then fine-tuned) than in the intact model of that task and seed. Selectivity:
-    accuracy less that on random labels per word type."""
+    ones (corrupted, then fine-tuned) than in the intact model of that task and seed."""
     frame = _cells(probing, value, STATES[2:])
     harmed = plots.usable(frame[frame.state != "intact"], value)
     if task is not None:
@@ -101,9 +100,8 @@ def healed_curves(probing: pd.DataFrame, value: str = "selectivity", task: str |
 
 
 @captioned(plots.LAYER)
-def state_heatmap(probing: pd.DataFrame, value: str = "selectivity"):
-    """What linear probes find by layer and state. Outlined: the corrupted layers. Selectivity:
-    accuracy less that on random labels per word type."""
+def state_heatmap(probing: pd.DataFrame, value: str = "accuracy"):
+    """What linear probes find by layer and state. Outlined: the corrupted layers."""
     frame = plots.titled(_cells(probing, value, STATES), "place", "model")
     figure, drawn = plots.heat_maps(frame, "network", "layer", value, NAMES[value])
     box = {"fill": False, "ec": "black", "lw": 1.2, "clip_on": False, "zorder": 3}
@@ -154,7 +152,7 @@ def ablation_curves(ablation: pd.DataFrame):
 
 @captioned("loss: intact - healed")
 def loss_against_loss(table: pd.DataFrame):
-    """What is still lost after healing: of linguistic knowledge (selectivity of the corrupted
+    """What is still lost after healing: of linguistic knowledge (accuracy of the corrupted
     layers) and of the task (its score)."""
     frame, _ = plots.sided(plots.usable(table, "task_loss").assign(state="healed"))
     losses = {"knowledge_loss": ("o", -0.16), "task_loss": ("s", 0.16)}

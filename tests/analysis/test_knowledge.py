@@ -48,7 +48,7 @@ def test_the_depth_table_leaves_out_seeds_that_lack_a_cell():
     assert kept.kept_share["flat"] == pytest.approx(1, abs=0.05)
     assert kept.kept_share_low["sst2"] < kept.kept_share["sst2"] < kept.kept_share_high["sst2"]
     assert (kept.n["sst2"], kept.n["flat"]) == (5, 6)
-    table = knowledge.kept_depth(made.probing.assign(selectivity=-0.01))
+    table = knowledge.kept_depth(made.probing.assign(accuracy=-0.01))
     assert table.kept_share.isna().all()  # there was nothing to keep
 
 

@@ -112,7 +112,7 @@ def probing(tasks=("sst2",), seeds=(0, 1, 2), model="lab/tiny", n=6):
     cells = pd.DataFrame(networks(tasks, KNOWN, seeds, model))
     table = cells.merge(grid(layer=[*range(n + 1)], majority=0.3, n_test=1200), how="cross")
     found = [known(*row) for row in table[["state", "layer", "seed"]].to_numpy()]
-    return table.assign(selectivity=found, cka=found, accuracy=np.add(found, 0.4))
+    return table.assign(accuracy=found, cka=found, selectivity=np.subtract(found, 0.2))
 
 
 def minimal(tasks=("sst2", "rte"), seeds=(0, 1, 2)):
@@ -421,7 +421,7 @@ def test_one_seed_has_no_lines_of_its_own_and_unequal_seeds_are_told():
 def test_healed_curves_shade_the_corrupted_layers():
     table = probing(TWO)
     figure = pf.healed_curves(table, task="lab/sst2")
-    assert len(figure.axes) == 4 and figure.axes[0].get_ylabel() == "selectivity minus intact"
+    assert len(figure.axes) == 4 and figure.axes[0].get_ylabel() == "accuracy minus intact"
     for side, layers in HALVES.items():
         # Hidden state i + 1 is the output of encoder layer i.
         shaded = titled(figure, f"{side} 1/2, {UPOS}").patches
@@ -442,7 +442,7 @@ def test_several_healed_tasks_have_panels_of_their_own():
 
 def test_the_heat_map_holds_every_mean_and_outlines_the_corrupted_layers():
     table = probing(("sst2", "rte"))
-    table.loc[(table.state == "pretrained") & (table.layer == 2), "selectivity"] = np.nan
+    table.loc[(table.state == "pretrained") & (table.layer == 2), "accuracy"] = np.nan
     figure = pf.state_heatmap(table)
     axis = titled(figure, "en_ewt · upos")
     names = [t.get_text() for t in axis.get_yticklabels()]
@@ -460,7 +460,7 @@ def test_the_heat_map_holds_every_mean_and_outlines_the_corrupted_layers():
                  for a, rows in ((1, (4, 5)), (4, (6, 7))))  # fmt: skip
     assert outlines == low | high
     assert "en_ewt · upos, rte, fine-tuned 0.37" in figure.alt
-    figure = pf.state_heatmap(probing().assign(selectivity=-0.001))
+    figure = pf.state_heatmap(probing().assign(accuracy=-0.001))
     assert {t.get_text() for t in figure.axes[0].texts} == {"0.00"} and "-0.00" not in figure.alt
     deep = pf.state_heatmap(probing(n=24)).axes[0]
     assert not deep.texts and [t.get_text() for t in deep.get_xticklabels()][:2] == ["0", "3"]
