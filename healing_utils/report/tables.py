@@ -48,7 +48,7 @@ def show_claims(
     claims: pd.DataFrame,
     caption: str,
     before: Sequence[str] = ("model", "variant"),
-    after: Sequence[str] = ("n", "p", "verdict", "reason"),
+    after: Sequence[str] = ("verdict", "n", "p", "reason"),
 ) -> None:
     """Display rows of `claims.decide`: claim, the columns `before`, the effect with its interval,
     and the columns `after`."""
