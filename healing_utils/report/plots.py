@@ -69,7 +69,7 @@ def captioned(x: str, y: str = "") -> Callable:
             caption = f"{draw.__doc__ or ''} {made}. "
             caption += DEMONSTRATION if organism else ""
             figure.caption = " ".join(caption.split())
-            alt = f"{figure.kind} by {x if '{' in named else named}: {figure.said}."
+            alt = f"{figure.kind} by {named.format('score')}: {figure.said}."
             figure.alt = " ".join(alt.split())
             return figure
 

@@ -52,14 +52,14 @@ def show_claims(
 ) -> None:
     """Display rows of `claims.decide`: claim, the columns `before`, the effect with its interval,
     and the columns `after`."""
-    ends = claims.rename(columns={"low": "effect_low", "high": "effect_high"})
-    shown = claims[["claim", *before]].assign(effect=with_interval(ends, "effect"))
+    shown = claims[["claim", *before]].assign(effect=with_interval(claims, "effect"))
     show_table(pd.concat([shown, claims[list(after)]], axis=1), caption)
 
 
 def with_interval(summary: pd.DataFrame, name: str, digits: int = 3) -> list[str]:
-    """``mean [low, high]`` of a column of `recovery.summary`, as text."""
-    rows = summary[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+    """``mean [low, high]`` of a column of `recovery.summary`, or the effects of claims, as text."""
+    ends = ["low", "high"] if name == "effect" else [f"{name}_low", f"{name}_high"]
+    rows = summary[[name, *ends]].to_numpy()
     texts = [[f"{x:z.{digits}f}" for x in row] for row in rows]
     texts = [mean if low == "nan" else f"{mean} [{low}, {high}]" for mean, low, high in texts]
     return ["–" if text == "nan" else text for text in texts]

@@ -117,8 +117,8 @@ def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
         size = wanted if cell.corpus else min(wanted, training_size(study, cell))
         small = {"train_size": size, "epochs": wanted / size, "evaluations": 1}
         # Scoring counts by its operations, as training does: where both are, few examples tell it.
-        few = () if cell.state in ("broken", "untrained") else ("validation_size", "test_size")
-        few = {name: min(study.parameters[name] or FEW, FEW) for name in few}
+        sizes = () if cell.state in ("broken", "untrained") else ("validation_size", "test_size")
+        few = {name: min(study.parameters[name] or FEW, FEW) for name in sizes}
         run = f"{folder}/{steps}"
         trial = Study({**study.parameters, **small, **few, "scans": {}, "run": run})
         trial.store.begin()  # makes the folder

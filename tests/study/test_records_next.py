@@ -19,7 +19,7 @@ from healing_utils.study.cells import NUMERICS, PROBING_NUMERICS, RECIPE
 from healing_utils.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
-FOUND = [path.parent for path in (ROOT / "data" / "records-next").glob("*/records")]
+FOUND = sorted(path.parent for path in (ROOT / "data" / "records-next").glob("*/records"))
 FOUND += [ROOT / "data" / "results" / "minilm_long"]
 
 
