@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property, partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,7 @@ class Tables:
         self.missing = cache(partial(results.missing_cells, self.run))
 
     def _stage(self, stage: str) -> pd.DataFrame:
-        there = results.has_stage(self.run, stage)
-        empty = pd.DataFrame(columns=results.COLUMNS[stage])
-        return results.load_results(self.run, stage) if there else empty
+        return results.table(results.planned_records(self.run, stage), stage)
 
     @cached_property
     def cells(self) -> pd.DataFrame:
@@ -90,7 +87,7 @@ class Tables:
     @cached_property
     def scores(self) -> pd.DataFrame:
         """Task scores of the models that were probed."""
-        return results.load_probed_scores(self.run) if len(self.probing) else self.cells.head(0)
+        return results.load_probed_scores(self.run)
 
     @cached_property
     def at_chance(self) -> set[tuple[str, str]]:
@@ -110,13 +107,11 @@ class Tables:
         found = []
         healed = self.probing[self.probing["state"].eq("healed")]
         healed = healed[healed["side"].isin(["bottom", "top"])]
-        for kind, measure in product(dict.fromkeys(healed["kind"]), knowledge.MEASURES):
+        for measure in knowledge.MEASURES:
             if measure in healed and healed[measure].notna().any():
-                rows = knowledge.healing_by_cell(self.probing, self.scores, kind, measure)
-                main = kind == "reinit" and measure == "accuracy"
-                words = measure if kind == "reinit" else f"{kind}, {measure}"
-                for names, part in groups(rows, ["model"]):
-                    found.append((names | {"variant": words, "main": main}, part))
+                rows = knowledge.healing_by_cell(self.probing, self.scores, measure)
+                told = {"variant": measure, "main": measure == "accuracy"}
+                found += [(names | told, part) for names, part in groups(rows, ["model"])]
         return found
 
     def healed(self, by_level: bool = True) -> Iterator[tuple[dict, pd.DataFrame]]:

@@ -54,7 +54,6 @@ def beside_intact(cells: pd.DataFrame) -> pd.DataFrame:
     cells = cells.astype(numbers).round({"level": LEVEL_DIGITS})
     cells["harm"] = spell_harms(cells)
     cells["place"] = list(map(place, cells["side"], cells["level"], cells["layers"]))
-    cells["part"] = cells["part"].fillna("none")
     intact = once(cells[cells["state"] == "intact"], [*_UNIT, *BUDGET])
     # What is broken was not trained and records no examples: those of its fine-tuned model.
     rest = [*_UNIT, *BUDGET[1:]]
@@ -115,11 +114,13 @@ def plain(cells: pd.DataFrame, most: Sequence[str]) -> pd.DataFrame:
     """Cells trained in the plain way: the pre-trained model, all of it, and of each model, task and
     state at the one budget that has the most different `most`, the study's own where several do."""
     chosen = cells[(cells["start"] == "pre-trained") & (cells["recipe"] == "full")]
-    kept = []
-    for _, part in groups(chosen, ["model", "task", "state"]):
-        found = part.groupby(BUDGET, sort=False)
-        sizes = {key: (len(g.drop_duplicates(list(most))), g["usual"].all()) for key, g in found}
-        kept.append(found.get_group(max(sizes, key=sizes.get)))
+
+    def worth(own: pd.DataFrame) -> tuple:  # of which the intact model is missing, nothing is known
+        known, several = own["train_size"].notna().all(), own.drop_duplicates(list(most))
+        return known, len(several), own["usual"].all()
+
+    parts = [part for _, part in groups(chosen, ["model", "task", "state"])]
+    kept = [max((own for _, own in groups(part, BUDGET)), key=worth) for part in parts]
     return pd.concat(kept).sort_index() if kept else chosen
 
 

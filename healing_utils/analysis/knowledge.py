@@ -62,15 +62,10 @@ def above_chance(task_results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame
 
 
 def checked(frame: pd.DataFrame, stage: str = "probing") -> pd.DataFrame:
-    """The table of the stage `probing` or `neurons` with plain values; where nothing is corrupted,
-    side, level and kind say so. Raises HealingError on what cannot be compared."""
-    table = frame.reset_index(drop=True).copy()
+    """The table of the stage `probing` or `neurons` with rounded levels. Raises HealingError on
+    what cannot be compared."""
+    table = frame.reset_index(drop=True)
     table["level"] = table.level.astype(float).round(LEVEL_DIGITS)
-    table["seed"] = table.seed.astype(int)
-    whole = table.state.isin(["pretrained", "untrained", "intact"])
-    table.loc[whole, ["side", "kind"]] = "none"
-    table.loc[whole, "level"] = 0.0
-    table.loc[whole & (table.state != "intact"), "task"] = "none"
     depths = table.groupby("model").n_layers.nunique()
     for model in depths.index[depths != 1]:
         raise HealingError(f"{model} has cells of different depths in the {stage} table")
@@ -116,7 +111,7 @@ def kept_depth(probing: pd.DataFrame) -> pd.DataFrame:
 
 
 def healing_by_cell(
-    probing: pd.DataFrame, task_results: pd.DataFrame, kind="reinit", measure="accuracy"
+    probing: pd.DataFrame, task_results: pd.DataFrame, measure="accuracy"
 ) -> pd.DataFrame:
     """Losses and healing of score and of knowledge, one row per corrupted setting and seed:
     `task_loss` = intact - healed score; `knowledge_loss` and `knowledge_healing` of the `measure`
@@ -125,11 +120,11 @@ def healing_by_cell(
     to intact. What cannot be computed is NaN and `reason` says why."""
     choose(measure, MEASURES, "measure of knowledge")
     table, scores = checked(probing), clean(task_results)
-    corrupted = table.state.isin(["broken", "healed"]) & (table.kind == kind)
+    corrupted = table.state.isin(["broken", "healed"]) & (table.kind == "reinit")
     corrupted = table[corrupted & table.side.isin(SIDES)]
     if corrupted.empty:
-        raise HealingError(f"no broken or healed cell of kind {kind!r} in the probing table")
-    fits = (scores.kind == kind) & (scores.part == "all") & scores.side.isin(SIDES)
+        raise HealingError("no broken or healed cell of kind reinit in the probing table")
+    fits = (scores.kind == "reinit") & (scores.part == "all") & scores.side.isin(SIDES)
     measured = measures(scores[(scores.state == "intact") | fits])
     no_duplicates(measured, _UNIT, "scores of broken and healed")  # of several strengths
     rows = _of_knowledge(table, corrupted, measure)

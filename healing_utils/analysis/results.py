@@ -270,8 +270,6 @@ def load_probed_scores(run: str | Path) -> pd.DataFrame:
             # What the probing plan calls it: another run may have other names for it.
             named = {n: cell[n] for n in ("model", "task", "side", "level", "kind")}
             found[scored["key"]] = {**scored, "cell": scored["cell"] | named}
-    if not found:
-        raise HealingError(f"run {run_folder(run)} has no probed models with a task: run 04 first")
     return table(found.values())
 
 
@@ -293,8 +291,11 @@ def write_tables(run: str | Path, tables: dict[str, pd.DataFrame]) -> None:
 
 
 def describe_origin(frame: pd.DataFrame) -> str:
-    """One or two lines on where results come from; says so where devices or precisions mix."""
-    made = frame[["device", "precision", "threads", "versions"]].drop_duplicates()
+    """One or two lines on where results come from; says so where devices or precisions mix, in
+    what was trained if anything was."""
+    trained = frame[~frame["state"].isin(["broken", "untrained"])]
+    made = trained if len(trained) else frame
+    made = made[["device", "precision", "threads", "versions"]].drop_duplicates()
     each = [
         f"{m.device} in {m.precision}, threads: {m.threads}, {m.versions}"
         for m in made.itertuples()

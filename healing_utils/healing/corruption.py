@@ -304,8 +304,7 @@ def parse_kind(value: Any) -> tuple[str, float | None]:
 
 def spell_kind(name: str, strength: float | None) -> str:
     """The reverse of `parse_kind`."""
-    none = strength is None or math.isnan(strength)
-    return name if none else f"{name}={strength:g}"
+    return name if strength is None else f"{name}={repr(strength).removesuffix('.0')}"
 
 
 def _clean_strength(rule: Kind, strength: Any) -> float | None:

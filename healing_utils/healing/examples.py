@@ -56,8 +56,6 @@ def encode(
     max_length: int = 128, regression: bool = False,
 ) -> Encoded:  # fmt: skip
     """Tokenise sentences, or pairs of sentences, without padding; long ones are cut and counted."""
-    if isinstance(texts, str):
-        raise HealingError("texts is one text: need a list of them")
     if len(texts) != len(labels) or not len(texts):
         raise HealingError(f"got {len(texts)} texts and {len(labels)} labels: need as many")
     if tokenizer.pad_token_id is None:
@@ -76,7 +74,11 @@ def encode(
     types = full.get("token_type_ids")
     if types is not None and not any(map(any, types)):
         types = None  # all zero is every model's default
-    labels = np.asarray(labels, dtype=np.float32 if regression else np.int64)
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in ("biuf" if regression else "biu"):
+        need = "numbers" if regression else "whole numbers, the classes' ids"
+        raise HealingError(f"labels are of type {labels.dtype}: need {need}")
+    labels = labels.astype(np.float32 if regression else np.int64)
     pad = (tokenizer.pad_token_id, tokenizer.pad_token_type_id, tokenizer.padding_side)
     return Encoded(full["input_ids"], types, labels, pad, truncated)
 

@@ -266,7 +266,7 @@ def heal(
 ) -> Healing:  # fmt: skip
     """Heal a classifier whose `layers` are corrupted, in place.
 
-    `train` and `validation` are what `training.encode` returns, `settings` those of `fine_tune`;
+    `train`, `validation` and `settings` are those of `fine_tune`;
     `pristine`, `teacher` and `tokenizer` are for recipes that need them, see `Patient`. Raises
     HealingError for an unknown recipe, one that lacks what it needs or cannot be applied to this
     damage or model, and as `fine_tune` does."""
@@ -282,10 +282,9 @@ def heal(
     before = {p for p in model.parameters() if p.requires_grad}
     network, objective = chosen.prepare(patient) or (None, None)
     learning = [p for p in model.parameters() if p.requires_grad]
-    if not learning:
-        raise HealingError(f"recipe {recipe!r} leaves nothing to learn in {type(model).__name__}")
     counts = [sum(p.numel() for p in some) for some in (learning, model.parameters())]
-    settings["seed"], share, warm_up = seed, 1.0, None
+    share, warm_up = 1.0, None
+    settings |= {"seed": seed, "tokenizer": tokenizer}
     if objective:
         given, share = {**settings, "epochs": WARM_UP * epochs}, 1 - WARM_UP
         warm_up = fine_tune(network, train, objective=objective, **given)

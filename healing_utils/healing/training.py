@@ -103,7 +103,7 @@ def fine_tune(
     objective: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None,
     on_step: Callable[[int, int, float], None] | None = None, progress: bool = True,
 ) -> Training:  # fmt: skip
-    """Fine-tune every parameter of `model` that requires a gradient, in place.
+    """Fine-tune every parameter of `model` that requires a gradient, in place, in float32.
 
     `train` and `validation` are what `encode` returns, or columns `text` and `label`; `epochs` may
     be a fraction. In the fraction `warmup` of the steps the learning rate rises, then it falls
@@ -127,7 +127,7 @@ def fine_tune(
     device = pick_device(device)
     precision = pick_precision(precision, device)
     cuda = device.type == "cuda"
-    model.to(device).zero_grad(set_to_none=True)
+    model.to(device, torch.float32).zero_grad(set_to_none=True)  # small steps vanish in halves
     lengths = train.lengths
     batches = batches_of(lengths, epochs, batch_size, seed)
     steps = len(batches)
@@ -336,6 +336,4 @@ def majority_scores(labels: np.ndarray) -> dict[str, float]:
     """What answering the most frequent label of `labels` scores: the chance level."""
     if labels.dtype.kind == "f":
         return {"spearman": 0.0}
-    logits = np.zeros((len(labels), int(labels.max()) + 1), dtype=np.float32)
-    logits[:, np.bincount(labels).argmax()] = 1
-    return score(logits, labels)
+    return score(np.tile(np.bincount(labels), (len(labels), 1)), labels)

@@ -387,7 +387,8 @@ def online_codelength(
     words, ends = words.at(order), block_ends(group[order])
     uniform, rows = np.log2(len(words.names)), []
     for layer in range(len(activations)):
-        lengths = sum(_block(words, layer, sent, end, device) for sent, end in pairwise(ends))
+        blocks = [_block(words, layer, sent, end, device) for sent, end in pairwise(ends)]
+        lengths = sum(blocks, np.zeros(len(PRECISIONS)))
         bits = np.log2(len(PRECISIONS)) + ends[0] * uniform + lengths.min()
         precision = PRECISIONS[lengths.argmin()]
         rows.append((layer, float(bits), float(len(words.ids) * uniform), precision))

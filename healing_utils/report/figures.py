@@ -13,6 +13,7 @@ import io
 import json
 import math
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from healing_utils.analysis.claims import censoring
 from healing_utils.analysis.effects import as_fraction
 from healing_utils.analysis.recovery import measures
+from healing_utils.base.errors import HealingError
 from healing_utils.base.paths import file_name
 from healing_utils.base.records import read_json, write_atomically
 from healing_utils.report import plots
@@ -117,15 +119,15 @@ def claims_figure(claims: pd.DataFrame):
         p=claims.p_corrected.fillna(claims.p),
         note=claims.evidence.str.extract("^(demonstration)")[0].fillna(""),
     )
-    shown, margin = claims.dropna(subset="effect"), 100 * claims.margin.iloc[0]
+    shown = claims.dropna(subset="effect")
     lines = np.maximum(claims.row.str.count("\n"), 1 + (claims.censored > 0))
     each = 0.23 + 0.13 * lines.max()
-    figure, [(axis, rows)] = plots.intervals(shown, "effect", [-2 * margin, 4 * margin], each)
+    figure, [(axis, rows)] = plots.intervals(shown, "effect", [-2, 4], each)
     figure.set_figwidth(plots.PAGE)
-    within = f"within the margin, {margin:g}"
-    axis.axvspan(-margin, margin, color=plots.PALE, lw=0, zorder=0, label=within)
     axis.axvline(0, color=GREY, lw=0.8, zorder=1)
     for row in rows.itertuples():
+        within = {"color": plots.PALE, "lw": 0, "zorder": 0, "label": "within the margin"}
+        axis.barh(row.at, 200 * row.margin, 1, -100 * row.margin, **within)
         p = "" if math.isnan(row.p) else f", p = {row.p:.2g}"
         items = f", items ± {100 * row.test_error:.1f}" if row.test_error > 0 else ""
         note = [f"{row.verdict}{p}", f"n = {row.n}{items}", censoring(row), row.note]
@@ -172,7 +174,7 @@ def learning_curves(frame: pd.DataFrame):
     """Score during fine-tuning on held-out training examples. Scratch: from random values; else
     healing after a corruption (reinit, where no kind is named), darker for more layers."""
     frame = plots.usable(frame, "score")
-    both = frame.state.isin(["intact", "scratch"]) | (frame.side == "all")
+    both = frame.state.isin(["intact", "scratch"]) | frame.side.isin(["all", "none"])
     frame, looks = plots.sided(frame.assign(where=(frame.side + " layers").mask(both, "")))
     frame = plots.everywhere(frame, both, "where")
     frame = plots.titled(frame, "task", "where", "model").sort_values("panel", kind="stable")
@@ -203,12 +205,18 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
     return folder / f"{name}.png"
 
 
-def show(figure: Figure) -> None:
+def show(figure: Figure | Callable[[], Figure]) -> None:
     """Display a figure in a notebook with alternative text and caption, in at most 120 kB: as HTML,
-    since Jupyter's own image output has no place for them."""
+    since Jupyter's own image output has no place for them. Of a function the figure that it makes
+    or, where the run has nothing to draw, why."""
     from IPython.display import display
     from PIL import Image
 
+    if not isinstance(figure, Figure):
+        try:
+            figure = figure()
+        except HealingError as why:
+            return print(f"no figure here: {why}")
     alt, caption = html.escape(figure.alt), html.escape(figure.caption)
     width = round(110 * figure.get_figwidth())
     for dpi in (160, 130, 105, 85, 70):

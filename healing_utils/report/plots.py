@@ -35,9 +35,10 @@ DEMONSTRATION = (
     "demonstration, never evidence."
 )
 GREY, PALE = "#555555", "#ECECEC"
-COLORS = {  # of sides and states
-    "intact": "#000000", "scratch": "#6B6B6B", "untrained": "#6B6B6B", "bottom": "#D55E00",
-    "top": "#0072B2", "custom": "#009E73", "random": "#B07C00", "scattered": "#B07C00",
+COLORS = {  # of sides and states; none is the embeddings
+    "intact": "#000000", "scratch": "#6B6B6B", "untrained": "#6B6B6B", "none": "#009E73",
+    "bottom": "#D55E00", "top": "#0072B2", "custom": "#009E73", "random": "#B07C00",
+    "scattered": "#B07C00",
     "all": "#9A4C87",  # Okabe and Ito's purple, darkened to be read on white
 }  # fmt: skip
 METRICS = {"f1": "macro-F1", "matthews": "Matthews correlation", "spearman": "Spearman correlation"}
@@ -93,7 +94,7 @@ def _lay_out(figure: Figure, x: str, y: str | list[str]) -> None:
         axis.set_xlabel(x.format(axis.metric))
     if found or figure.note:
         # In inches: the handle with its space, and the longest label.
-        most = figure.get_figwidth() // (0.46 + 0.067 * max(map(len, found), default=0))
+        most = max(1, figure.get_figwidth() // (0.46 + 0.067 * max(map(len, found), default=0)))
         rows = math.ceil(len(found) / most)
         look = {"ncols": math.ceil(len(found) / max(rows, 1)) or 1, "title": figure.note}
         figure.set_figheight(figure.get_figheight() + 0.17 * rows)
@@ -179,7 +180,8 @@ def sided(frame: pd.DataFrame, kind: str = "kind") -> tuple[pd.DataFrame, dict[s
     layers = frame["layers"] if "layers" in frame else [()] * len(frame)
     whole = frame["state"].isin(["intact", "scratch", "untrained"])
     other = frame[kind].where(~whole & (frame[kind] != "reinit"), "")
-    line = list(map(place, frame["side"], frame["level"], layers))
+    line = pd.Series(map(place, frame["side"], frame["level"], layers), frame.index, dtype=str)
+    line = line.mask(frame["side"] == "none", "embeddings")
     line = frame["state"].where(whole, line) + (", " + other).where(other != "", "")
     frame, looks = frame.assign(line=line, dash=other, shade=frame["level"].round(6)), {}
     dashes = {

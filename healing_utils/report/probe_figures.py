@@ -73,11 +73,11 @@ def _before_after(frame: pd.DataFrame, value: str, name: str, x: str = "layer"):
 def healed_curves(probing: pd.DataFrame, value: str = "accuracy", task: str | None = None):
     """What linear probes find less in broken models (corrupted, not trained again) and in healed
     ones (corrupted, then fine-tuned) than in the intact model of that task and seed."""
+    if task is not None:
+        known = probing.task[probing.state.isin(["broken", "healed"])].unique()
+        probing = probing[probing.task == choose(task, known, "task with broken or healed cells")]
     frame = _cells(probing, value, STATES[2:])
     harmed = plots.usable(frame[frame.state != "intact"], value)
-    if task is not None:
-        task = choose(task.split("/")[-1], harmed.task.unique(), "task with broken or healed cells")
-        harmed = harmed[harmed.task == task]
     if value != "cka":  # which compares with intact itself
         intact = frame.loc[frame.state == "intact", [*POINT, "task", value]]
         harmed = harmed.merge(intact, on=[*POINT, "task"], suffixes=("", "_intact"))
@@ -184,7 +184,7 @@ def _cells(table: pd.DataFrame, value: str, states: list[str]) -> pd.DataFrame:
     after = (frame.state + ", " + damage).where(harmed, "fine-tuned")
     frame["network"] = frame.state.map(BEFORE).fillna(frame.task + ", " + after)
     frame["task"] = frame.task.mask(frame.state.isin(BEFORE), "")
-    orders = {"state": STATES, "side": ["none", *COLORS]}
+    orders = {"state": STATES, "side": list(COLORS)}
     by = ["model", "task", "side", "level", "kind", "state", "place"]
     return frame.sort_values(
         by, kind="stable", key=lambda c: c.map(orders[c.name].index) if c.name in orders else c

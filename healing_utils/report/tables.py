@@ -13,11 +13,6 @@ from healing_utils.analysis.effects import as_fraction
 PROSE = 32  # characters; a column with a longer cell is read as text
 
 
-def share(level: float) -> str:
-    """A level as the fraction a person wrote: 0.1667 is ``1/6``."""
-    return str(as_fraction(level))
-
-
 def show_table(frame: pd.DataFrame, caption: str = "") -> None:
     """Display a table with a caption; missing values are a dash, levels are fractions."""
     from IPython.display import display
@@ -26,7 +21,7 @@ def show_table(frame: pd.DataFrame, caption: str = "") -> None:
         shown = f"{value:z.3f}" if isinstance(value, float) else str(value)
         return "–" if shown in ("nan", "None") else shown
 
-    shown = frame.assign(level=frame["level"].map(share)) if "level" in frame else frame
+    shown = frame.assign(level=frame["level"].map(as_fraction)) if "level" in frame else frame
     names = [str(name).replace("_", " ") for name in shown.columns]
     cells = [[text(value) for value in row] for row in shown.itertuples(index=False)]
     # Jupyter aligns to the right, which is right for numbers and names and not for sentences.

@@ -114,7 +114,8 @@ def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
     found = []
     for steps in TRIAL_STEPS:
         wanted = steps * study.parameters["batch_size"]
-        size = wanted if cell.corpus else min(wanted, training_size(study, cell))
+        learns = cell.network if cell.corpus else cell
+        size = min(wanted, training_size(study, learns)) if learns else wanted
         small = {"train_size": size, "epochs": wanted / size, "evaluations": 1}
         # Scoring counts by its operations, as training does: where both are, few examples tell it.
         sizes = () if cell.state in ("broken", "untrained") else ("validation_size", "test_size")
@@ -127,6 +128,8 @@ def by_trial(study: Study, cell: Cell, folder: str) -> tuple[float, float]:
             if needs(trial, like):
                 network(trial, intact_of(trial, cell))
             trial.examples(like)
+        elif cell.network:
+            network(trial, cell.network)  # a probe's time has no training in it
         trained, _, operations = work_of(study, like, **few)
         start = time.perf_counter()
         trial.record(like, lambda *_: None)

@@ -25,7 +25,7 @@ from healing_utils.run.status import progress
 ANALYSIS = ("05_analysis", "05_analysis.failed")  # the page's notebook, or as far as it came
 GROUPS = {
     "Claims": "claims|controls", "Damage": "similarity|vulnerability|harms",
-    "Healing": "recovery|scores|learning|price|league",
+    "Healing": "healing|time_to_heal|recovery|scores|learning|price|league",
     "Knowledge": "layers|states|neurons|accuracy|knowledge|healed|ablation",
 }  # fmt: skip
 # What an image may come from: itself, or a file of the run.
@@ -121,10 +121,11 @@ def _found(claims: Path) -> str:
             if row["primary"] != "True":
                 others[row["verdict"]] += 1
                 continue
-            numbers = [100 * float(row[name]) for name in ("effect", "low", "high")]
-            effect = "{:.1f} points [{:.1f}, {:.1f}]".format(*numbers)
+            known = [100 * float(row[name]) for name in ("effect", "low", "high") if row[name]]
+            effect = ["no estimate", "{:.1f} points", "", "{:.1f} points [{:.1f}, {:.1f}]"]
             evidence = row["evidence"].partition(":")[0]  # of the organism there is none
-            said.append("{statement} ({claim}, {model}): {verdict}, ".format(**row) + effect)
+            said.append("{statement} ({claim}, {model}): {verdict}, ".format(**row))
+            said[-1] += effect[len(known)].format(*known)
             said[-1] += f", a {evidence}" if evidence else ""
     except Exception:  # whatever it holds
         return ""

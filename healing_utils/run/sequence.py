@@ -154,7 +154,7 @@ def execute(path: Path, target: Path, parameters: dict[str, Any]) -> None:
 def _drawn(target: Path) -> dict[str, str]:
     """Hashes of the tables and figures there are, by their names."""
     files = [*target.glob("tables/*"), *target.glob("figures/*")]
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:20] for f in files}
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:20] for f in files if f.is_file()}
 
 
 def _is_finished(path: Path, target: Path, parameters: dict[str, Any]) -> bool:

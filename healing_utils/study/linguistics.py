@@ -117,12 +117,6 @@ COMPUTE = {"probing": _probe, "neurons": _neurons}
 # -- for notebooks ---------------------------------------------------------------------------------
 
 
-def score_networks(study: Any) -> None:
-    """Score every fine-tuned, broken and healed model that is probed on its task too, whatever the
-    task stages of the `Study` planned."""
-    study.compute(study.plan("networks"), "networks")
-
-
 def reading_notes(study: Any) -> list[str]:
     """What a reader of the `Study`'s probing table should know of how words were read, a line a
     corpus column and model."""

@@ -9,7 +9,6 @@ which takes seconds: two looks, of which the second asks the floors below.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, MutableMapping
@@ -145,10 +144,8 @@ def _among(module: str, tables: str, what: str) -> Any:
 
 
 def _kind(value: str) -> str:
-    name, strength = _ask("healing.corruption", "parse_kind")(value)
-    if strength is not None and not math.isfinite(strength):
-        raise HealingError(f"strength {strength} is not finite")
-    return _ask("healing.corruption", "spell_kind")(name, strength)
+    parse, spell = (_ask("healing.corruption", name) for name in ("parse_kind", "spell_kind"))
+    return spell(*parse(value))
 
 
 def _spelt_levels(value: Any) -> list[Any]:

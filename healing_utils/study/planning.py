@@ -36,11 +36,8 @@ Place = tuple[str, float, str, tuple[int, ...]]  # side, level, kind and resolve
 
 
 def plan(study: Any, stage: str) -> list[Cell]:
-    """The cells of a stage, in the order in which they are computed; `everything` is all stages,
-    one task and seed after the other."""
-    choose(stage, (*cells.ALL_STAGES, "everything"), "stage")
-    if stage == "everything":
-        return by_unit([cell for name in cells.ALL_STAGES for cell in plan(study, name)])
+    """The cells of a stage, in the order in which they are computed."""
+    choose(stage, cells.ALL_STAGES, "stage")
     if stage in cells.STAGES:
         states = [state for state in STAGE_OF if STAGE_OF[state] == stage]
         if not study.parameters["scratch"]:
@@ -168,8 +165,8 @@ def keeps_weights(study: Any, cell: Cell) -> bool:
     if cell.state == "intact":
         return cell.plain or cell.key in {c.key for c in _scanned(study, probed=True)}
     wanted = cell.state == "healed" and cell.task in study.healed_tasks and cell.plain
-    there = cell.kind == "reinit" and cell.side not in CONTROLS and cell.level in _levels(study)
-    return wanted and there
+    there = cell.kind == "reinit" and cell.side not in CONTROLS
+    return wanted and there and cell.level in map(parse_level, study.parameters["probe_levels"])
 
 
 # -- grids -----------------------------------------------------------------------------------------
@@ -255,11 +252,6 @@ def _scanned(study: Any, probed: bool = False) -> Iterator[Cell]:
 # -- what is probed --------------------------------------------------------------------------------
 
 
-def _levels(study: Any) -> set[float]:
-    """At which broken and healed models are probed."""
-    return {parse_level(level) for level in study.parameters["probe_levels"]}
-
-
 def _networks(study: Any, stage: str) -> list[Cell]:
     """The models that a stage looks into; those before any fine-tuning are of no stage."""
     p, tasks = study.parameters, study.parameters["probe_tasks"] or study.parameters["task"]
@@ -285,7 +277,7 @@ def _networks(study: Any, stage: str) -> list[Cell]:
             if task not in tasks:
                 found.append(task_cell(study, "intact", model, task, seed))
             for place, state in product(corruptions(study, model), CORRUPTED):
-                if place[1] in _levels(study) and place[2] == "reinit":
+                if place[1] in map(parse_level, p["probe_levels"]) and place[2] == "reinit":
                     found.append(task_cell(study, state, model, task, seed, *place))
     if stage != "neurons":
         known = {cell.key for cell in found}

@@ -234,7 +234,7 @@ def serve(place: int) -> None:
         return
 
     def listen() -> None:
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):  # it died in mid-word
             while True:
                 cells.put(pickle.load(source))
         os._exit(0)  # the driver is gone, even on its SIGKILL

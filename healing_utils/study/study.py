@@ -203,6 +203,7 @@ class Study:
         there = read_json(path)
         if path.exists() and not there:
             set_aside(path, "it holds no parameters")
+        there = there if has_records(self.run_folder) else {}  # else of a study that never began
         now = there | {name: x for name, x in self.given.items() if name != "run"}  # it may move
         if isinstance(there.get("scans"), dict) and "scans" in now:
             now["scans"] = there["scans"] | now["scans"]

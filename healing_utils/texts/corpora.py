@@ -52,10 +52,8 @@ class TaggedSentences(Split):
         return self.take(sorted(random.Random(seed).sample(range(len(self)), count)))
 
     def sha(self) -> str:
-        hashed = hashlib.sha256()
-        for pair in zip(self.words, self.labels, strict=True):
-            hashed.update((canonical(pair) + "\n").encode())
-        return hashed.hexdigest()[:20]
+        lines = (canonical(pair) + "\n" for pair in zip(self.words, self.labels, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import os
 import random
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 from healing_utils import organism
 from healing_utils.base.errors import HealingError, choose
 from healing_utils.base.hub import reach_hub
+from healing_utils.base.records import digest
 
 METRICS = ("f1", "accuracy", "matthews", "spearman")
 # The first of these that is there and has labels is scored; of local files the next is validation.
@@ -98,8 +98,7 @@ class Split:
 
     def sha(self) -> str:
         """Hash of the content, which stands for it in a cell's key."""
-        text = json.dumps([self.texts, self.labels], ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return digest([self.texts, self.labels])
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class TaskData:
         if self.validation is not None:
             most, held_out = there, min(validation_size, len(self.validation))
         elif train_size is None:
-            held_out = validation_size if validation_size < there else there // 5
+            held_out = validation_size if validation_size < there else max(1, there // 5)
             most = there - held_out
         else:
             most = there - min(validation_size, ceil(there / 10))

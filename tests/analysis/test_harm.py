@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def test_a_budget_is_compared_with_its_own_intact_model():
     kinds = [{"score": 0.5, "kind": kind} | less for kind in ("zero", "init")]
     found = harm.by_harm(cells(INTACT, {"score": 0.8}, INTACT | less, *kinds))
     assert set(found["harm"]) == {"zero", "init"}
+    # Broken cells whose intact model is missing are beside none, and hide no others.
+    alone = {"score": 0.5, "state": "broken", "train_size": math.nan}
+    assert harm.by_harm(cells(alone))["retained"].isna().all()
+    known = harm.by_harm(again(cells(INTACT, {"score": 0.8}), cells(alone, seeds=[9])))
+    assert known.set_index("state")["retained"]["healed"] == pytest.approx(0.8, abs=0.2)
 
 
 def test_a_cell_that_a_scan_names_by_its_layers_still_counts_by_side():

@@ -112,7 +112,7 @@ def test_bad_tables_are_refused():
         ("different depths",
          made.probing.assign(n_layers=np.where(made.probing.seed == 0, 12, 6))),
         ("top 1/2: cells of different layers", mixed),
-        ("no broken or healed cell of kind 'reinit'", study().probing),
+        ("no broken or healed cell of kind reinit", study().probing),
     ):  # fmt: skip
         with pytest.raises(HealingError, match=message):
             knowledge.healing_by_cell(probing, made.scores)

@@ -474,7 +474,9 @@ def test_a_model_that_cannot_take_it_is_left_whole(change, kind, message):
         assert not changed(before, model)  # not even the layers before it
 
 
-@pytest.mark.parametrize("spelt", ["reinit", "noise=0.5", "bits_float32=1e-05"])
+@pytest.mark.parametrize(
+    "spelt", ["reinit", "noise=0.12345678", "quantise=4", "bits_float32=1e-05"]
+)
 def test_kinds_are_spelt_as_they_are_read(spelt):
     assert spell_kind(*parse_kind(spelt)) == spelt
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, LAYERS, OTHERS, tiny_batch
-from helpers import examples
+from helpers import examples, tiny_tokenizer
 from test_training import QUIET, classifier, identical, weights
 
 from healing_utils.base.errors import HealingError
@@ -134,6 +134,12 @@ def test_what_is_frozen_stays_and_what_learns_moves(family):
     assert all(not name.startswith(base + ".") or "pooler" in name for name in head)
     inside = moved("norms_and_biases") & (sick | well)
     assert inside and all(shapes[n].dim() == 1 or n.endswith("bias") for n in inside)
+
+
+def test_texts_are_read_by_the_tokenizer_that_is_given():
+    texts = {"text": ["good a", "bad a b"], "label": [1, 0]}
+    _, found = healed("full", train=texts, tokenizer=tiny_tokenizer(), epochs=1)
+    assert found.training.tokens == 4 + 5  # with the special ones
 
 
 def test_each_layer_learns_at_a_fraction_of_the_next_ones_rate():

@@ -355,6 +355,14 @@ def test_the_first_loss_that_is_not_finite_is_named(after, monkeypatch):
     assert len(caught.value.training.losses) == after
 
 
+def test_a_model_loaded_in_halves_is_trained_in_float32():
+    half, data = classifier().to(torch.bfloat16), random_examples()
+    whole = copy.deepcopy(half).float()
+    for model in (half, whole):
+        fine_tune(model, data, epochs=1, learning_rate=1e-5, **QUIET)  # too small for bfloat16
+    assert half.dtype == torch.float32 and identical(weights(half), weights(whole))
+
+
 def row(token: int = 5, kind: int = 0, label: int = 0) -> Encoded:
     labels = np.array([0, label])
     return Encoded([[2, 3], [2, token]], [[0, 0], [0, kind]], labels, (0, 0, "right"))
@@ -395,6 +403,8 @@ def test_what_cannot_be_encoded_is_refused():
         (["good", "bad"], [1], 9, "2 texts and 1 labels"),
         ([], [], 9, "0 texts and 0 labels"),
         (["good"], [1], 2, "max_length 2 leaves no place beside 2 special tokens"),
+        (["good"], [0.9], 9, "labels are of type float64: need whole numbers"),
+        (["good"], ["1"], 9, "labels are of type <U1: need whole numbers"),
     ):
         with pytest.raises(HealingError, match=message):
             encode(tokenizer, texts, labels, length)

@@ -344,6 +344,8 @@ def test_claims_figure_tells_verdicts_in_words_and_leaves_out_what_has_no_estima
     assert len(axis.get_yticks()) == 2
     assert any(t.get_text().startswith("holds, p = 0.047\nn = 6") for t in axis.texts)
     assert "B1 (reinit) not tested, no estimate" in figure.alt
+    figure = figures.claims_figure(claims().assign(margin=[0.01, 0.05, 0.02]))
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [2, 10]  # points, to both sides
 
 
 def test_weight_change_separates_weights_from_biases_and_pools_by_variance():
@@ -392,7 +394,7 @@ LINES = {
                  100 * ABLATED, -0.8 * np.sqrt(ABLATED), "strongest: 0.00 at 0 to -0.80 at 100"),
     **{
         f"{state}, {side}": (
-            lambda: pf.healed_curves(probing(TWO), task="lab/sst2"), f"{side} 1/2, {UPOS}",
+            lambda: pf.healed_curves(probing(TWO), task="sst2"), f"{side} 1/2, {UPOS}",
             plots.COLORS[side], dash, range(7), [KNOWN[state] - KNOWN["intact"]] * 7,
             f"{UPOS}, bottom, healed: -0.15 at 0 to -0.15 at 6",
         ) for side in HALVES for state, dash in (("healed", "-"), ("broken", "--"))
@@ -420,7 +422,7 @@ def test_one_seed_has_no_lines_of_its_own_and_unequal_seeds_are_told():
 
 def test_healed_curves_shade_the_corrupted_layers():
     table = probing(TWO)
-    figure = pf.healed_curves(table, task="lab/sst2")
+    figure = pf.healed_curves(table, task="sst2")
     assert len(figure.axes) == 4 and figure.axes[0].get_ylabel() == "accuracy minus intact"
     for side, layers in HALVES.items():
         # Hidden state i + 1 is the output of encoder layer i.
@@ -438,6 +440,11 @@ def test_several_healed_tasks_have_panels_of_their_own():
     assert len(pf.healed_curves(table).axes) == 2 * len(pf.healed_curves(table, task="rte").axes)
     with pytest.raises(HealingError, match="unknown task.*Did you mean 'sst2'"):
         pf.healed_curves(table, task="sst")
+    table = table.replace({"task": {"sst2": "a/reviews/", "rte": "b/reviews/"}})
+    assert (
+        len(pf.healed_curves(table, task="a/reviews/").axes)
+        == len(pf.healed_curves(table).axes) / 2
+    )
 
 
 def test_the_heat_map_holds_every_mean_and_outlines_the_corrupted_layers():

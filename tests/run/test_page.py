@@ -50,6 +50,7 @@ def run(tmp_path):
         n: {"caption": f"Caption of {n}.", "alt": f"{n}'s words"} for n in ("scores", "layers")
     }
     rows = ["claim,statement,model,effect,low,high,primary,verdict,evidence"]
+    rows += ["H,One seed alone,tiny,0.5,,,True,undecided,", "A3,None,tiny,,,,True,undecided,"]
     rows += ["A1,All heal,tiny,0.17,0.14,-0.2,True,undecided,demonstration: it was built so"]
     rows += [f"A2,More,tiny,,,,False,{verdict}," for verdict in ("holds", "fails", "fails")]
     files = {
@@ -101,7 +102,8 @@ def test_the_page_is_the_analysis_notebook_with_the_run_around_it(run):
     expected = "Run quick Model lab/<tiny> Task sentiment, topic Cells 3"
     assert words(found.dl) == expected and not found.find(id="missing")
     assert words(found.find(id="found")) == (
-        "Named before any run: All heal (A1, tiny): undecided, 17.0 points [14.0, -20.0], a "
+        "Named before any run: One seed alone (H, tiny): undecided, 50.0 points; None (A3, tiny): "
+        "undecided, no estimate; All heal (A1, tiny): undecided, 17.0 points [14.0, -20.0], a "
         "demonstration. Exploratory, beside it: 1 holds, 2 fails."
     )
     assert found.find("a", string="claims.csv")["href"] == "tables/claims.csv"

@@ -27,17 +27,6 @@ def test_a_profile_that_is_none_is_refused(tmp_path, text, message):
         profiles.settle(tmp_path / "mine.yaml", tmp_path / "run", {})
 
 
-def test_values_that_arrive_as_text_mean_what_they_say(tmp_path):
-    given = {
-        "seeds": ("[0,2]", [0, 2]), "epochs": ("0.5", 0.5), "levels": ("[1/6, 1]", ["1/6", "1"]),
-        "scratch": ("false", False), "device": ("null", None), "learning_rate": ("2e-5", 2e-5),
-        "model_revision": ("012", "012"), "data_revision": ("1:30", "1:30"), "task": ("a", ["a"]),
-        "kind": ("[noise=0.5, prune=0.9]", ["noise=0.5", "prune=0.9"]),
-    }  # fmt: skip
-    found = profiles.settle("quick", tmp_path, {name: text for name, (text, _) in given.items()})
-    assert {name: found[name] for name in given} == {name: v for name, (_, v) in given.items()}
-
-
 def test_one_folder_holds_one_study(tmp_path, monkeypatch):
     monkeypatch.setenv("HEALING_RUNS", str(tmp_path))
     (tmp_path / "quick").mkdir()

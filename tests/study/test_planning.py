@@ -12,7 +12,7 @@ from helpers import save_tiny_bert, write_planted_task
 from healing_utils.base.errors import HealingError
 from healing_utils.base.records import canonical
 from healing_utils.study import cells, planning
-from healing_utils.study.cells import STAGES
+from healing_utils.study.cells import ALL_STAGES, STAGES
 
 
 def keys(study, stage="recovery") -> set[str]:
@@ -249,7 +249,7 @@ def test_a_cell_that_leans_on_the_intact_model_knows_how_that_was_trained(tiny):
 
 
 def test_everything_is_planned_by_task_and_seed_trained_before_broken_before_probed(tiny):
-    planned = tiny().plan("everything")
+    planned = tiny().keep_plans()
     units = [(cell.seed, cell.task) for cell in planned]
     assert units == sorted(units, key=units.index)  # one after the other
     turn = {"baseline": 0, "recovery": 0, "corruption": 1, "probing": 2, "neurons": 3}
@@ -258,7 +258,8 @@ def test_everything_is_planned_by_task_and_seed_trained_before_broken_before_pro
 
 
 def test_a_cell_needs_the_models_that_computing_it_loads(finished):
-    cells = [c for c in finished.study.plan("everything") if c.seed == 0]
+    plans = map(finished.study.plan, ALL_STAGES)
+    cells = [c for planned in plans for c in planned if c.seed == 0]
     states = {c.key: c.state for c in cells}
     found = {}
     for cell in cells:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import planted_texts, write_planted_task
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from healing_utils import load_results
-from healing_utils.analysis.results import has_stage, missing_cells
+from healing_utils.analysis.results import describe_origin, has_stage, missing_cells
 from healing_utils.base.errors import HealingError
 from healing_utils.study import compute
 from healing_utils.study.study import Study
@@ -42,6 +43,11 @@ def test_a_stage_s_table_has_a_row_a_cell_and_the_columns_of_the_contract(finish
         assert read.equals(table) and has_stage(finished.study.run_folder, stage)
         assert list(read["layers"].map(type).unique()) == [tuple]
     assert (finished.tables["recovery"]["train_size"] == 32).all()
+    every = pd.concat(finished.tables.values(), ignore_index=True)
+    trained = ~every.state.isin(["broken", "untrained"])
+    halved = every.assign(precision=every.precision.mask(trained, "float16"))
+    assert "MIXED" not in describe_origin(halved)  # what is only scored is scored in float32
+    assert "MIXED: computed on" in describe_origin(halved.assign(threads=halved.index))
 
 
 def test_a_stage_that_is_not_there_is_named(tmp_path):
@@ -126,10 +132,12 @@ def test_a_folder_without_records_takes_new_parameters(tiny, tmp_path, monkeypat
         with pytest.raises(HealingError, match=said):
             tiny(run=tmp_path, **bad).keep_plans()
         assert not list(tmp_path.iterdir())
+    tiny(run=tmp_path, corpus="of/no/other").keep_parameters()
     for seeds in ([5], [0]):
         study = tiny(run=tmp_path, seeds=seeds)
         study.keep_plans()
-        assert json.loads(kept.read_text())["seeds"] == seeds
+        found = json.loads(kept.read_text())
+        assert found["seeds"] == seeds and "corpus" not in found
     for garbage in ("[]", "null", "{", "[" * 100_000, '"', "{}"):
         kept.write_text(garbage)
         (tmp_path / "plans" / "baseline.json").write_text(garbage)

@@ -431,6 +431,7 @@ def test_draws_are_seeded_disjoint_and_of_the_asked_size():
         match = f"train_size is {sizes[0]} but task 'planted' has 100 .* 1 to {most} beside val"
         with pytest.raises(HealingError, match=match):
             data.draw(0, *sizes)
+    assert [len(part) for part in task_of(4).draw(0, None, 500)] == [3, 1]
     given = task_of(10, validation=6)
     train, validation = given.draw(3, None, 4)
     assert len(train) == 10 and validation.texts == ["v0", "v1", "v2", "v3"]
