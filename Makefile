@@ -95,11 +95,11 @@ rehearse: $(READY)  ## Run the paper's profile on made-up stand-ins of its model
 colab-check: $(READY)  ## Run a notebook the way Colab does: alone, in a fresh environment
 	@HEALING_PROGRESS=quiet $(BIN)/python -m pytest -rs tests/run/test_colab.py $(ARGS)
 
-badges:  ## Write the repository's address into the notebooks: make badges REPO=owner/name
+badges:  ## Write the repository's address into README and notebooks: make badges REPO=owner/name
 	@[[ "$(REPO)" =~ ^[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+$$ ]] \
 	  || { echo "which repository? make badges REPO=owner/name" >&2; exit 2; }
-	@perl -pi -e 's{(google\.com/github|git\+https://github\.com)/[\w-]+/[\w.-]+}{$$1/$(REPO)}g' \
-	  notebooks/*.ipynb
+	@perl -pi -e 's{(google\.com/github|(git\+|clone )https://github\.com)/[\w-]+/[\w.-]+}{$$1/$(REPO)}g' \
+	  README.md notebooks/*.ipynb
 
 QUICK := $(addprefix tests/,test_house.py base texts organism study/test_parameters.py \
   run/test_cli.py run/test_profiles.py)

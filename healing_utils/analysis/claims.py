@@ -7,6 +7,7 @@ sentence are made here alone. Effects are averaged over the tasks of a seed, the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ PRIMARY = ("A1", "A3", "H")
 DEMONSTRATION = "demonstration, never evidence: the organism was built so that pre-training matters"
 COLUMNS = [
     "claim", "statement", "source", "model", "variant", "effect", "low", "high", "n", "tasks",
-    "without_low", "without_high", "test_error", "cells", "censored", "direction", "margin",
+    "without_low", "without_high", "test_error", "cells", "censored", "direction", "margin", "unit",
     "p", "smallest_p", "p_corrected", "primary", "verdict", "reason", "seeds_needed", "evidence",
 ]  # fmt: skip
 BY_TASK = ["claim", "model", "variant", "task", "effect", "low", "high", "n"]
@@ -47,7 +48,7 @@ class Claim:
 
     `units(tables)` yields what `units` or `contrast` make. `direction`: *more*, *not worse* or
     *same* (`effects.p_values`); `needs`: what a run must hold; `stages`: where its cells stand;
-    `demonstrates`: on the organism it is no evidence.
+    `unit`: of a hundredth of the effect, points being of the score.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Claim:
     direction: str = "more"
     margin: float = MARGIN
     stages: Sequence[str] = ("baseline", "recovery")
-    demonstrates: bool = True
+    unit: str = "points"
     caveat: str = ""
 
 
@@ -208,11 +209,11 @@ def _test_error(kept: pd.DataFrame, answers: Callable[[str], np.ndarray | None])
 
 def _what(entry: Claim, names: dict[str, Any]) -> dict[str, Any]:
     folder = str(names["model"]).rstrip("/\\").replace("\\", "/").split("/")[-1]
-    shown = folder == "organism" and entry.demonstrates
     return {
         "claim": entry.name, "statement": entry.statement, "source": entry.source,
         "model": names["model"], "variant": names["variant"], "direction": entry.direction,
-        "margin": entry.margin, "evidence": DEMONSTRATION if shown else entry.caveat,
+        "margin": entry.margin, "unit": entry.unit,
+        "evidence": "; ".join(filter(None, [DEMONSTRATION * (folder == "organism"), entry.caveat])),
     }  # fmt: skip
 
 
@@ -224,7 +225,7 @@ def verdict(row: pd.Series, alpha: float) -> tuple[str, str, float]:
         return "undecided", "; ".join(row.problems), math.nan
     if len(values) < 2:
         return "undecided", "fewer than two seeds", math.nan
-    points = f"{100 * margin:g} point" + ("" if margin == 0.01 else "s")
+    points = re.sub(r"^1 (\w+)s\b", r"1 \1", f"{100 * margin:g} {row.unit}")
     if (row.p_corrected if row.primary else row.p) < ALPHA:
         if not p_values(row.sure, direction, margin)[0] < alpha:
             return "undecided", "not sure with the censored cells counted as recovered", math.nan
@@ -240,7 +241,8 @@ def verdict(row: pd.Series, alpha: float) -> tuple[str, str, float]:
     mean, spread = np.mean(values), np.std(values, ddof=1)
     distance = margin - abs(mean) if limit is None else mean - limit
     needed = units_needed(abs(distance) / spread if spread else math.nan, alpha=alpha)
-    needed = max(needed, math.ceil(-math.log2(alpha)))  # below it no sign flip reaches alpha
+    # Below that no sign flip reaches alpha; two values tell no spread.
+    needed = max(needed, math.ceil(-math.log2(alpha))) if len(values) > 2 else math.nan
     reason = f"not clear of {points}"
     if row.smallest_p >= alpha:
         few = f"{count(len(values), 'seed')} cannot reach p below {alpha:.2g}"
@@ -265,14 +267,17 @@ def in_words(claims: pd.DataFrame) -> list[str]:
         effect, low, high = (100 * value for value in (row.effect, row.low, row.high))
         p = f"corrected p {row.p_corrected:.3f}" if row.primary else f"p {row.p:.3f}, exploratory"
         said = [
-            f"{effect:z.1f} points, 95 % interval {low:z.1f} to {high:z.1f}, "
+            f"{effect:z.1f} {row.unit}, 95 % interval {low:z.1f} to {high:z.1f}, "
             f"{count(row.n, 'seed')} on {row.tasks}",
             f"{p}, {row.reason}",
         ]
         if row.test_error > 0:
             said[0] += f", standard error of the test items {100 * row.test_error:.1f}"
         if row.seeds_needed > 0:
-            said.append(f"some {row.seeds_needed:.0f} seeds would decide it")
+            limit = -row.margin if row.direction == "not worse" else row.margin
+            holds = (row.effect > limit) if row.direction != "same" else abs(row.effect) < limit
+            would = f"some {row.seeds_needed:.0f} seeds would show that it"
+            said.append(f"were it exactly so, {would} {'holds' if holds else 'fails'}")
         if row.censored > 0:
             said.append(censoring(row) + ", which tells how fast they heal and not how far")
         lines.append(

@@ -100,11 +100,11 @@ def score_points(results: pd.DataFrame):
 
 @captioned("effect (hundredths)")
 def claims_figure(claims: pd.DataFrame):
-    """Effects of the claims in hundredths (of the score; of accuracy, of the damage or the depth,
-    where a claim is about these), means over n seeds with 95 % t-intervals, and the verdicts. p:
-    exact sign-flip test against the margin (grey), corrected for the primary claims. Filled:
-    decided; open: undecided. Items: standard error of the test items. A censored cell was still
-    healing when training ended."""
+    """Effects of the claims in hundredths (of the score; of accuracy, the damage, the depth or a
+    rank correlation, where a claim is about these), means over n seeds with 95 % t-intervals, and
+    the verdicts. p: exact sign-flip test against the margin (grey), corrected for the primary
+    claims. Filled: decided; open: undecided. Items: standard error of the test items. A censored
+    cell was still healing when training ended. Rows may be about different tasks."""
     claims = plots.usable(claims, "verdict").sort_values("claim", kind="stable")
     alone = claims.model.nunique() == 1
     who = ("" if alone else claims.model + ", ") + claims.variant
@@ -133,7 +133,8 @@ def claims_figure(claims: pd.DataFrame):
         note = [f"{row.verdict}{p}", f"n = {row.n}{items}", censoring(row), row.note]
         beside = {"transform": axis.get_yaxis_transform(), "va": "center", "color": row.color}
         axis.text(1.01, row.at, "\n".join(filter(None, note)), **beside)
-    effects = claims.effect.map("{:.1f} points".format).replace("nan points", "no estimate")
+    effects = claims.effect.map("{:.1f} ".format) + claims.unit
+    effects = effects.mask(claims.effect.isna(), "no estimate")
     figure.said = "; ".join(claims.claim + " (" + who + ") " + claims.verdict + ", " + effects)
     return figure, claims
 

@@ -122,11 +122,12 @@ def _found(claims: Path) -> str:
                 others[row["verdict"]] += 1
                 continue
             known = [100 * float(row[name]) for name in ("effect", "low", "high") if row[name]]
-            effect = ["no estimate", "{:.1f} points", "", "{:.1f} points [{:.1f}, {:.1f}]"]
+            alone = "{:.1f} " + row.get("unit", "points")
+            effect = ["no estimate", alone, "", alone + " [{:.1f}, {:.1f}]"]
             evidence = row["evidence"].partition(":")[0]  # of the organism there is none
             said.append("{statement} ({claim}, {model}): {verdict}, ".format(**row))
             said[-1] += effect[len(known)].format(*known)
-            said[-1] += f", a {evidence}" if evidence else ""
+            said[-1] += f", a {evidence}" if evidence.startswith("demonstration") else ""
     except Exception:  # whatever it holds
         return ""
     beside = ", ".join(f"{n} {verdict}" for verdict, n in others.items()) or "nothing"

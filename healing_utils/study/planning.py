@@ -273,7 +273,8 @@ def _networks(study: Any, stage: str) -> list[Cell]:
             determinants = canonical(known | {"state": "untrained", "seed": seed})
             found.append(replace(before, state="untrained", determinants=determinants))
         found += [task_cell(study, "intact", model, task, seed) for task in tasks]
-        for task in study.healed_tasks if stage != "neurons" else ():
+        broken = stage != "neurons" and p["recipe"] != "drop"  # what is taken out has no probe
+        for task in study.healed_tasks if broken else ():
             if task not in tasks:
                 found.append(task_cell(study, "intact", model, task, seed))
             for place, state in product(corruptions(study, model), CORRUPTED):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -120,11 +121,23 @@ def test_units_twice_are_refused():
         decided({"T": twice})
 
 
-def test_the_organism_demonstrates():
-    ledger = entry(0.05 + SPREAD, model="data/organism")
-    ledger |= entry(0.05 + SPREAD, "U", model="data/organism", demonstrates=False)
+def test_the_organism_demonstrates_and_a_caveat_stays():
+    ledger = entry(0.05 + SPREAD, model="data/organism", caveat="one head")
     found = decided(ledger).query("model == 'data/organism'")
-    assert found.evidence.tolist() == [builder.DEMONSTRATION, ""]
+    assert found.evidence.tolist() == [f"{builder.DEMONSTRATION}; one head"]
+
+
+def test_a_unit_of_ones_own_is_told_and_what_more_seeds_would_show():
+    few = {"unit": "hundredths of the depth"}
+    low, high = (
+        decided(entry(mean + np.array([-2e-3, 0, 2e-3]), **few)) for mean in (0.005, 0.015)
+    )
+    assert "not clear of 1 hundredth of the depth" in low.reason[0]
+    assert "0.5 hundredths of the depth, 95 % interval" in in_words(low)[0]
+    for table, ends in ((low, "fails"), (high, "holds")):
+        assert re.search(rf"were it exactly so, some \d+ seeds would show that it {ends}",
+                         in_words(table)[0])  # fmt: skip
+    assert math.isnan(decided(entry(0.005 + SPREAD[:2])).seeds_needed[0])
 
 
 def test_the_error_of_the_test_items_is_paired():

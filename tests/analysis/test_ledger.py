@@ -67,12 +67,15 @@ FOUND = {
     "a critical layer": (alone([0.05, 0.05, 0.05, 0.5, 0.05, 0.05], state="broken"), {
         ("C1", ""): (0.5, "holds")}),
     "no critical layer": (alone([0.05] * 6, state="broken"), {("C1", ""): (0.0, "fails")}),
-    "fewer examples": ([*by_size(10, 0.3), *by_size(100, 0.2), *by_size(1000, 0.1)], {
+    "more examples": ([*by_size(10, 0.1), *by_size(100, 0.2), *by_size(1000, 0.3)], {
         ("T2", "top layer"): (0.1, "holds"), ("T2", "bottom layer"): None}),
     "a fresh top, few examples": ([
         healed("top", 1 / 6, kind="init", score=0.7), INTACT | FEW | {"score": 0.6},
         healed("top", 1 / 6, kind="init", score=0.61, **FEW)], {
         ("Z1", "top 1/6, 10 examples"): (0.01, "holds"), ("Z1", "top 1/6"): None}),
+    "a fresh top, as many examples, or half of the layers": ([
+        healed("top", 1 / 6, kind="init", score=0.7), INTACT | FEW | {"score": 0.6},
+        healed("top", 1 / 2, kind="init", score=0.61, **FEW)], {("Z1", ""): None}),
     "outliers": ([all_layers("outliers", 0.4), all_layers("outliers_control", 0.85),
                   all_layers("outliers", 0.9, 1)], {
         ("K1", "outliers 0.5, all layers"): (0.45, "holds"),

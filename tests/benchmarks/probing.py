@@ -301,7 +301,7 @@ def paragraphs(result: dict[str, Any]) -> list[str]:
         f"Probes alone, {layers} layers: {seconds:.2f} s. scikit-learn's saga took "
         f"{saga_seconds:.1f} s for {SAGA_EPOCHS} epochs of each "
         f"({saga_seconds / seconds:.0f} times as long) and reached our objective in "
-        f"{sum(row['reached'] for row in saga)}.",
+        f"{sum(row['reached'] for row in saga)} of them.",
     ]  # fmt: skip
 
 

@@ -208,8 +208,8 @@ def paragraphs(result: dict) -> list[str]:
         f"threads, malloc {result['malloc']}. Ours and the fastest peer of each precision: medians "
         f"of {REPEATS} runs, taken in turn; the others: one run.",
         table(head, rows),
-        f"Ours against the fastest Trainer setting: {', '.join(ratios)}; the fastest of ours "
-        "against the fastest of all of Trainer's "
+        f"Ours against the fastest Trainer setting of the same precision: {', '.join(ratios)}; the "
+        "fastest of ours against the fastest of all of Trainer's "
         f"{speeds[fastest] / speeds[fastest_peer]:.2f} times. Macro-F1 after {SCORE_EPOCHS} epochs "
         f"on the same phrases, over {result['scored']:,} sentences and {work['seeds']} seeds, ours "
         f"minus Trainer's ({peer}), points with 95 % t-intervals: {', '.join(gains)}.",

@@ -159,7 +159,7 @@ def claims(model="lab/tiny"):
     rows = [
         dict(claim=name, statement=f"{name} is so", model=model, variant="reinit", effect=effect,
              low=effect - 0.02, high=effect + 0.02, n=6, p=1 / 64, p_corrected=3 / 64, margin=0.01,
-             primary=True, verdict=verdict,
+             unit="points", primary=True, verdict=verdict,
              evidence="demonstration, never evidence" if "organism" in model else "")
         for name, effect, verdict in made
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from healing_utils.study.parameters import Parameters, notebook_parameters, read
 from healing_utils.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CORE = {"00_model_organism", "01_baseline", "02_corruption", "03_recovery", "05_analysis"}
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -95,7 +96,9 @@ def test_every_parameter_of_a_profile_is_known_and_reaches_a_notebook():
 def test_one_command_writes_the_address_everywhere(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    old = "OWNER/healing"
+    shutil.copy(ROOT / "README.md", tmp_path)
+    (here,) = re.findall(r"^git clone https://github\.com/(\S+)", README, re.MULTILINE)[:1]
+    old = here  # a fork has its own
     for new in ("some-one/re.pair", "other/healing", "healing", "https://github.com/a/b", "a b/c"):
         command = ["make", "badges", f"REPO={new}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -105,4 +108,7 @@ def test_one_command_writes_the_address_everywhere(tmp_path):
         for path in COMMITTED:
             text = (tmp_path / "notebooks" / path.name).read_text("utf-8")
             assert text.count(f"github.com/{old}\\") == text.count(f"github/{old}/blob") == 1
-            assert text.replace(old, "OWNER/healing") == path.read_text("utf-8")
+            assert text.replace(old, here) == path.read_text("utf-8")
+        text = (tmp_path / "README.md").read_text("utf-8")
+        assert text.count(f"git clone https://github.com/{old} ") == 2
+        assert text.replace(old, here) == README

@@ -245,6 +245,11 @@ def test_a_cell_that_leans_on_the_intact_model_knows_how_that_was_trained(tiny):
     assert key(32, recipe="drop") == key(16, recipe="drop")
 
 
+def test_layers_that_are_taken_out_are_not_probed(tiny):
+    probed = {cell.state for cell in tiny(levels=["1/3"], recipe="drop").plan("probing")}
+    assert probed == {"pretrained", "untrained", "intact"}
+
+
 # -- order -----------------------------------------------------------------------------------------
 
 
