@@ -49,12 +49,13 @@ def harm_similarity(similarity: pd.DataFrame):
     finite, or the same for every token. Sorted by the mean."""
     rows = plots.usable(similarity[similarity["measure"] == "cka"], "similarity")
     # Where outputs are not finite, nothing is the same.
-    grid = rows.pivot_table(index="harm", columns="layer", values="similarity").fillna(0)
-    order = rows["harm"].map(grid.mean(axis=1)).sort_values(ascending=False, kind="stable").index
-    places = list(map(plots.place, rows["side"], rows["level"]))
-    rows = rows.assign(harm=rows["harm"].map(harm_name), panel=places).loc[order]
+    mean = rows.pivot_table("similarity", "harm", "layer").fillna(0).mean(axis=1)
+    places, mean = list(map(plots.place, rows["side"], rows["level"])), rows["harm"].map(mean)
+    rows = rows.assign(harm=rows["harm"].map(harm_name), panel=places, mean=mean)
+    rows = rows.sort_values("mean", ascending=False, kind="stable")
     figure, _ = plots.heat_maps(rows, "harm", "layer", "similarity", "linear CKA to intact")
     figure.note = plots.seeds(rows.groupby("harm")["seed"].nunique())
+    figure.said = plots.means(rows, ["panel", "harm"], "mean")
     return figure, rows.drop(columns="kind")
 
 
