@@ -48,9 +48,11 @@ def test_blocks_are_the_papers_fractions_in_whole_sentences():
     wanted = [f * len(groups) for f in FRACTIONS]
     assert all(any(0 <= end - w < 10 for end in ends) for w in wanted)
     assert block_ends(np.arange(2)) == [1, 2]
-    # Of one sentence nothing is known before: the uniform code, and which prior was taken.
-    one = online_codelength(np.zeros((1, 6, 2), np.float32), [0, 1, 0, 1, 0, 1], [7] * 6)
-    assert one["codelength"][0] == 6 + np.log2(len(probes.PRECISIONS))
+    # Where the first block is all, nothing is known before it: the uniform code, and the prior.
+    groups = np.array([0] + [1] * 2999)
+    assert block_ends(groups) == [3000]
+    one = online_codelength(np.zeros((1, 3000, 2), np.float32), np.arange(3000) % 2, groups)
+    assert one["codelength"][0] == 3000 + np.log2(len(probes.PRECISIONS))
 
 
 def test_the_code_is_the_sum_over_blocks_by_hand(monkeypatch):

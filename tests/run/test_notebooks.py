@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from helpers import save_tiny_bert, tiny_study, write_corpus, write_planted_task
 
 from healing_utils.base.records import Store
 from healing_utils.run import profiles
@@ -90,6 +91,28 @@ def test_every_parameter_of_a_profile_is_known_and_reaches_a_notebook():
     assert {"quick", "minilm", "paper"} <= set(found)
     for name, given in found.items():
         assert read_parameters(given) and set(given) <= declared, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "damage", [{"layers": [0, 1], "start": "fine-tuned"}, {"part": "embeddings", "kind": "noise=1"}]
+)
+def test_other_damage_than_the_usual_goes_through_all_notebooks(tmp_path, damage):
+    corpus = write_corpus(tmp_path / "cues-train.tsv", 16)
+    write_corpus(tmp_path / "cues-test.tsv", 6, seed=1)
+    given = tiny_study(
+        tmp_path / "run", save_tiny_bert(tmp_path / "model"), write_planted_task(tmp_path / "task"),
+        seeds=[0], levels=["1/3"], init_levels=[], scans={}, corpus=str(corpus), column="1",
+        probe_train=12, probe_test=6, probe_levels=["1/3"], **damage,
+    )  # fmt: skip
+    for path in COMMITTED[2:]:  # 02 makes the baseline that it needs
+        declared = profiles.declared_parameters(path)
+        papermill.execute_notebook(
+            path, tmp_path / path.name, {n: x for n, x in given.items() if n in declared},
+            kernel_name="python3", progress_bar=False,
+        )  # fmt: skip
+    shown = (tmp_path / "03_recovery.ipynb").read_text("utf-8")
+    assert "no figure here: no healed model beside its intact one" in shown
 
 
 @pytest.mark.skipif(not shutil.which("make") or not shutil.which("perl"), reason="no make or perl")

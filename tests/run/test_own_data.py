@@ -80,18 +80,3 @@ def test_from_a_file_of_ones_own_to_its_page(tmp_path, monkeypatch, capsys):
     run_python("papermill", notebook, "out.ipynb", *given)
     assert json.loads((run / "parameters.json").read_text())["task"] == [str(task)]
     assert healing("status").startswith(f"Run {run}\n")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "options", ["layers=[0,1,2] start=fine-tuned seeds=0", "part=embeddings kind=noise=0.5 seeds=0"]
-)
-def test_other_damage_than_the_usual_goes_through_all_notebooks(tmp_path, options):
-    changes = [word for option in options.split() for word in ("-p", *option.split("=", 1))]
-    run = str(tmp_path / "run")
-    command = ["run", "quick", "--out", run, "-p", "scans", "{}", *LESS, *PROBES, *changes]
-    done = run_python("healing_utils", *command)
-    assert done.stdout == f"{run}/index.html\n" and not re.search(NOISE, done.stderr), done.stderr
-    shown = (tmp_path / "run/notebooks/03_recovery.ipynb").read_text("utf-8")
-    assert "no figure here: no healed model beside its intact one" in shown
