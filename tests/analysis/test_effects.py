@@ -11,6 +11,13 @@ from healing_utils.analysis import effects
 from healing_utils.base.errors import HealingError
 
 
+def test_t_interval_agrees_with_scipy():
+    x = np.random.default_rng(1).normal(0.03, 0.02, 7)
+    ours = effects.t_interval(x)
+    theirs = stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert ours == pytest.approx((x.mean(), theirs.low, theirs.high, 7))
+
+
 def test_t_interval_of_too_few_and_of_equal_values():
     assert effects.t_interval([0.4]).mean == 0.4 and math.isnan(effects.t_interval([0.4]).low)
     assert effects.t_interval([]).n == 0 and math.isnan(effects.t_interval([]).mean)

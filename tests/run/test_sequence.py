@@ -206,6 +206,8 @@ def test_a_notebook_is_executed_again_when_what_it_stands_on_has_changed(
     (out / "tables" / "claims.csv").write_text("edited")  # and by itself
     assert sequence.report(out) == str(out / "index.html") and seen.pop() == "02_fails"
     assert sequence.report(out) and seen == []
+    with pytest.raises(HealingError, match=r"\(seeds \[5\] there, \[6\] now\); choose another"):
+        executed(parameters={"seeds": 6})
     monkeypatch.setattr(NoCells, "compute", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # cells that fail, before any notebook
         executed(again=True)

@@ -14,11 +14,12 @@ import transformers as hf
 from families import tiny_config, tokenizer_of
 from helpers import FILLERS, tiny_study, write_corpus, write_planted_task
 
-from healing_utils import load_results
+from healing_utils import load_results, load_task, probe_layers, sentence_activations
 from healing_utils.analysis import results
 from healing_utils.analysis.claims import decide
 from healing_utils.analysis.ledger import Tables
 from healing_utils.base.errors import HealingError
+from healing_utils.healing import models
 from healing_utils.study import linguistics
 from healing_utils.study.cells import PROBING_STAGES, STAGES
 from healing_utils.study.study import Study
@@ -142,6 +143,27 @@ def test_the_key_holds_what_the_result_depends_on(probed, parameters, tmp_path):
         assert not before & keys(**changes), changes
     assert before == keys(workers=2, neuron_delta=0.2, run=str(tmp_path))
     assert not keys("neurons") & keys("neurons", neuron_delta=0.2)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_sentences_are_probed_on_any_task(given, pooling):
+    """The cue is a word of the sentence: its mean over words tells it already at the embeddings,
+    the first token's state there does not, being the same for every sentence."""
+    task = load_task(given["task"])
+    model = models.load_classifier(given["model"], 2, 0)
+    tokenizer = models.load_tokenizer(given["model"])
+    states = [
+        value
+        for split in (task.pool, task.test)
+        for value in (sentence_activations(model, tokenizer, split.texts, pooling), split.labels)
+    ]
+    table = probe_layers(*states, device="cpu")
+    assert list(table.layer) == [0, 1, 2, 3] and table.selectivity.isna().all()
+    embeddings = table.iloc[0]
+    if pooling == "first":
+        assert embeddings.accuracy == embeddings.majority
+    else:
+        assert embeddings.accuracy > embeddings.majority + 0.2
 
 
 @pytest.mark.parametrize("family", ["roberta", "xlnet"])

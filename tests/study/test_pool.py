@@ -222,6 +222,8 @@ class Scripted:
         return self.places
 
     def submit(self, cell):
+        if cell.name == "interrupts":
+            raise KeyboardInterrupt
         self.log.append(cell.name)
         return self.thread.submit(self.end, cell)
 
@@ -266,6 +268,11 @@ def test_what_another_run_computes_is_waited_for_and_not_computed(study, tmp_pat
 
 
 def test_what_stops_the_handing_out_gives_every_claim_back(study, tmp_path):
+    backend = Scripted(study, room=3)
+    with pytest.raises(KeyboardInterrupt):
+        list(pool.outcomes(study, cells("a", "b", "interrupts"), lambda c: set(), backend, print))
+    assert backend.closed and not list((tmp_path / "claims").iterdir())
+    (tmp_path / "claims").rmdir()
     (tmp_path / "claims").write_text("")  # no claim can be written
     backend = Scripted(study)
     with pytest.raises(HealingError, match="cannot claim"):
