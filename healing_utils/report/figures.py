@@ -120,7 +120,7 @@ def claims_figure(claims: pd.DataFrame):
         note=claims.evidence.str.extract("^(demonstration)")[0].fillna(""),
     )
     shown = claims.dropna(subset="effect")
-    lines = np.maximum(claims.row.str.count("\n"), 1 + (claims.censored > 0))
+    lines = np.maximum(claims.row.str.count("\n"), 1 + (claims.censored > 0) + (claims.note != ""))
     each = 0.23 + 0.13 * lines.max()
     figure, [(axis, rows)] = plots.intervals(shown, "effect", [-2, 4], each)
     figure.set_figwidth(plots.PAGE)
