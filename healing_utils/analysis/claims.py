@@ -17,6 +17,7 @@ import pandas as pd
 
 from healing_utils.analysis.effects import (
     ALPHA,
+    clearance,
     count,
     groups,
     holm,
@@ -237,9 +238,7 @@ def verdict(row: pd.Series, alpha: float) -> tuple[str, str, float]:
             how = "reversed" if row.high < 0 else "negligible: " * small + f"not above {points}"
             return "fails", how, math.nan
         return "fails", f"beyond {points}", math.nan
-    limit = {"more": margin, "not worse": -margin}.get(direction)
-    mean, spread = np.mean(values), np.std(values, ddof=1)
-    distance = margin - abs(mean) if limit is None else mean - limit
+    distance, spread = clearance(np.mean(values), direction, margin), np.std(values, ddof=1)
     needed = units_needed(abs(distance) / spread if spread else math.nan, alpha=alpha)
     # Below that no sign flip reaches alpha; two values tell no spread.
     needed = max(needed, math.ceil(-math.log2(alpha))) if len(values) > 2 else math.nan
@@ -274,8 +273,7 @@ def in_words(claims: pd.DataFrame) -> list[str]:
         if row.test_error > 0:
             said[0] += f", standard error of the test items {100 * row.test_error:.1f}"
         if row.seeds_needed > 0:
-            limit = -row.margin if row.direction == "not worse" else row.margin
-            holds = (row.effect > limit) if row.direction != "same" else abs(row.effect) < limit
+            holds = clearance(row.effect, row.direction, row.margin) > 0
             would = f"some {row.seeds_needed:.0f} seeds would show that it"
             said.append(f"were it exactly so, {would} {'holds' if holds else 'fails'}")
         if row.censored > 0:

@@ -72,8 +72,14 @@ def p_values(values: Iterable[float], direction: str, margin: float) -> tuple[fl
         within = np.maximum(sign_flip(x + margin), sign_flip(margin - x))
         beyond = np.minimum(sign_flip(x - margin), sign_flip(-margin - x))
         return float(within), float(np.minimum(1, 2 * beyond))
-    limit = margin if direction == "more" else -margin
-    return sign_flip(x - limit), sign_flip(limit - x)
+    inside = clearance(x, direction, margin)
+    return sign_flip(inside), sign_flip(-inside)
+
+
+def clearance(effect: Any, direction: str, margin: float) -> Any:
+    """How far an effect, or each of several, lies within what a claim says; negative outside."""
+    limits = {"more": effect - margin, "not worse": effect + margin}
+    return limits.get(direction, margin - np.abs(effect))
 
 
 def holm(p_values: Iterable[float]) -> np.ndarray:

@@ -236,9 +236,6 @@ class CorruptionReport:
     def not_finite(self) -> int:
         return int(self.tensors["not_finite"].sum())
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.tensors
-
     def __repr__(self) -> str:
         where = self.part
         if self.layers:

@@ -81,8 +81,9 @@ def harm_curves(table: pd.DataFrame):
         for (at, color), pair in rows.groupby(["at", "color"]):
             axis.plot(pair["retained"], [at] * len(pair), color=color, lw=1, ls=":")
     for side in [side for side in ("bottom", "top", "all") if (table["side"] == side).any()]:
-        plots.key(figure, f"{side}, healed", marker="o", ls="", color=COLORS[side])
-    plots.key(figure, "broken", marker="x", ls="")
+        plots.key(figure, f"{side} layers", lw=5, color=COLORS[side])
+    for state, marker in (("healed", "o"), ("broken", "x")):
+        plots.key(figure, state, marker=marker, ls="")
     figure.said = plots.means(table, ["panel", "row", "side", "state"], "retained")
     return figure, table
 

@@ -154,7 +154,7 @@ def _corrupt(cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
     report = corrupt(
         model, kind=cell.kind, seed=cell.seed, part=cell.part, strength=cell.strength, **where
     )
-    by_role = report.to_frame().groupby("role")["relative_change"].mean()
+    by_role = report.tensors.groupby("role")["relative_change"].mean()
     change = {role: round(float(v), 5) for role, v in by_role.items() if math.isfinite(v)}
     told = {"tensors": len(report.tensors), "values": report.elements, "relative_change": change}
     unusual = {"not_finite": report.not_finite, "cannot_heal": report.cannot_heal}

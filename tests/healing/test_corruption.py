@@ -386,7 +386,7 @@ def test_the_report_measures_a_planted_change():
         layer.intermediate.dense.bias.fill_(float("inf"))
         layer.output.dense.weight.zero_()
     report = corrupt(model, layers=[0])
-    rows = report.to_frame().set_index("name").rename(lambda name: name.removeprefix("layer.0."))
+    rows = report.tensors.set_index("name").rename(lambda name: name.removeprefix("layer.0."))
     row = rows.loc["attention.self.query.weight"]
     assert row["layer":"elements"].tolist() == [0, "query", (16, 16), 256]
     moved = (weight.detach() - before).norm() / before.norm()
