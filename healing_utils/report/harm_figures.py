@@ -27,8 +27,8 @@ def vulnerability_map(table: pd.DataFrame):
     Blank: not run."""
     table = plots.usable(table, "retained")
     # A task of which only the ends were corrupted, by level, has no map.
-    seen = table.groupby(["model", "task"])["layer"].transform("nunique")
-    table = table[seen == seen.groupby(table["model"]).transform("max")]
+    seen = table.groupby(["model", "task"])["layer"].transform("nunique").where(lambda n: n > 2)
+    table = plots.usable(table[seen == seen.groupby(table["model"]).transform("max")], "retained")
     order = table["part"].map(PARTS.index).sort_values(kind="stable").index
     table = table.assign(
         title=table["state"] + ", " + table["task"],
