@@ -115,12 +115,12 @@ for _side, _drawn in (("random", "layers drawn at random"),
 @claim("W", "A corrupted model is worth more than random initial values",
        "this study", "healed and scratch cells", stages=TRAINED)  # fmt: skip
 def worth(tables: Tables) -> Iterator[pd.DataFrame]:
-    """healed - scratch at the same budget, by side and level."""
-    cells = tables.cells[tables.cells["start"] == "pre-trained"]
-    cells = cells[cells["recipe"] == "full"]
+    """healed - scratch at the same budget: the mean over sides and levels below 1, then each."""
+    cells = tables.cells.query("start == 'pre-trained' and recipe == 'full'")
     healed = harm.by_side(cells[cells["state"] == "healed"])
-    healed["variant"] += ", " + healed["place"]
     healed = healed.sort_values("harm", key=lambda harm: harm != "reinit", kind="stable")
+    each = healed.assign(variant=healed["variant"] + ", " + healed["place"])
+    healed = pd.concat([healed[healed["side"] != "all"], each])
     scratch = cells[cells["state"] == "scratch"]
     return _against(healed, scratch, ["model", "task", "seed", *harm.BUDGET])
 

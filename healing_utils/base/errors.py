@@ -23,6 +23,11 @@ class Stopped(OneLine, KeyboardInterrupt):
     """An interrupt while cells are computed."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     by_lower = {str(a).lower(): str(a) for a in allowed}
     found = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from healing_utils import organism
-from healing_utils.base.errors import HealingError, choose
+from healing_utils.base.errors import HealingError, choose, first_line
 from healing_utils.base.hub import reach_hub
 from healing_utils.healing.encoders import parse_seed, pieces
 
@@ -50,16 +50,12 @@ def _explained(model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # safetensors, tokenizers and transformers each have their own
-        cause = _first_line(error)
+        cause = first_line(error)
         if "trust_remote_code" in str(error):
             cause = "it needs code of its own (auto_map), and no model's code is run"
         raise HealingError(f"cannot load model {model!r}: {cause}") from error
     finally:
         logging.set_verbosity(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @lru_cache(maxsize=8)
@@ -94,7 +90,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
         snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")
     except Exception as error:
         invalid = isinstance(error, utils.HFValidationError)
-        cause = "it is no name of the hub's" if invalid else f"of the hub's: {_first_line(error)}"
+        cause = "it is no name of the hub's" if invalid else f"of the hub's: {first_line(error)}"
         raise HealingError(f"there is no such folder, and {cause}") from error
     return Path(config).parent
 

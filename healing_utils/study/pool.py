@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from healing_utils.base.errors import HealingError, Stopped
+from healing_utils.base.errors import HealingError, Stopped, first_line
 
 LOSSES = 3  # processes that a cell may lose before it is reported: it may be what kills them
 LOOK = 0.2  # seconds between two looks for what another run has claimed
@@ -41,10 +41,6 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 COLLECT_AFTER = 10_000
 
 Note = Callable[[str], None]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Lost(Exception):
@@ -98,14 +94,14 @@ def outcomes(
                     error = future.result()
                 except backend.lost as loss:
                     losses[cell.key] += 1
-                    print(f"lost over {cell.name}: {_first_line(loss)}", file=sys.stderr)
+                    print(f"lost over {cell.name}: {first_line(loss)}", file=sys.stderr)
                     if losses[cell.key] < LOSSES:
                         waiting.insert(0, cell)
                         continue
                     what = f"{LOSSES} processes were lost over it, out of memory?"
-                    error = HealingError(f"{what} {_first_line(loss)}")
+                    error = HealingError(f"{what} {first_line(loss)}")
                 except Exception as failure:  # Ray's own are pages long
-                    error = HealingError(f"{type(failure).__name__}: {_first_line(failure)}")
+                    error = HealingError(f"{type(failure).__name__}: {first_line(failure)}")
                     error.add_note(str(failure))
                 pending.discard(cell.key)
                 yield cell, error
@@ -350,7 +346,7 @@ def _connect(ray: Any, address: str) -> None:
         what = (
             "start a Ray cluster" if address == "local" else f"reach the Ray cluster at {address}"
         )
-        raise HealingError(f"cannot {what}: {_first_line(error)}") from error
+        raise HealingError(f"cannot {what}: {first_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ HEALED = {"healed_tasks": ("sst2", "mrpc")}
 # Cells beside the intact ones, or what a study of probes is planted with; effects with verdicts by
 # claim and variant, None where there must be none.
 FOUND = {
-    "sides and levels": ([*GRID, healed("all", 1.0, score=0.5)], {
+    "sides and levels": ([
+        *GRID, healed("all", 1.0, score=0.5), {"state": "scratch", "score": 0.5}], {
+        ("W", "reinit"): (0.28, "holds"), ("W", "reinit, all layers"): (0.0, "fails"),
         ("A1", "reinit"): (0.12, "holds"), ("A1", "reinit, bottom"): (0.2, "holds"),
         ("A1", "reinit, all layers"): (0.4, "holds"), ("A2", "reinit"): (0.07, "holds"),
         ("A2", "reinit, top"): (0.04, "holds"), ("A3", "reinit"): (0.16, "holds")}),
