@@ -199,10 +199,10 @@ def load_answers(run: str | Path) -> dict[str, np.ndarray]:
     return {key: np.frombuffer(x.encode(), np.uint8) - ord("0") for key, x in right.items()}
 
 
-def load_similarity(run: str | Path, stage: str = "corruption") -> pd.DataFrame:
+def load_similarity(run: str | Path, *stages: str) -> pd.DataFrame:
     """Similarity of broken to intact representations: ``layer measure similarity`` beside what
-    names the cell, a row a layer (0 is the embeddings) and measure (cosine, cka, stream); of the
-    stage `corruption`, where the state ``untrained`` is the floor, or of `harms`."""
+    names the cell, a row a layer (0 is the embeddings) and measure (cosine, cka, stream); of
+    `corruption`, where the state ``untrained`` is the floor, or of these stages, ``harms`` too."""
 
     def layers(record: Record) -> Iterable[Record]:
         for measure, values in record["result"].get("similarity", {}).items():
@@ -210,11 +210,11 @@ def load_similarity(run: str | Path, stage: str = "corruption") -> pd.DataFrame:
                 yield {"layer": layer, "measure": measure, "similarity": value}
 
     what = "broken models: run 02_corruption"
-    return _load(run, [stage], [*_PLACE, "layers"], what, layers)
+    return _load(run, stages or ["corruption"], [*_PLACE, "layers"], what, layers)
 
 
-def load_changes(run: str | Path, stage: str = "corruption") -> pd.DataFrame:
-    """What broke each model, of the stage `corruption` or `harms`: the cell's names, ``values
+def load_changes(run: str | Path, *stages: str) -> pd.DataFrame:
+    """What broke each model, of stages as in `load_similarity`: the cell's names, ``values
     not_finite`` (values put through the kind, and those that are infinite or not a number now) and
     ``change_ROLE``, by role of the tensors the mean norm of the change over the norm before."""
 
@@ -224,7 +224,7 @@ def load_changes(run: str | Path, stage: str = "corruption") -> pd.DataFrame:
             finite = {"values": changed["values"], "not_finite": changed.get("not_finite", 0)}
             yield finite | roles
 
-    return _load(run, [stage], _PLACE, "broken models: run 02_corruption", change)
+    return _load(run, stages or ["corruption"], _PLACE, "broken models: run 02_corruption", change)
 
 
 def load_neurons(run: str | Path, what: str) -> pd.DataFrame:

@@ -125,7 +125,8 @@ def fine_tune(
     if validation is not None:
         validation = as_encoded(validation, model, tokenizer, max_length, labelled=True)
     device = pick_device(device)
-    precision, cuda = pick_precision(precision, device), device.type == "cuda"
+    precision = pick_precision(precision, device)
+    cuda = device.type == "cuda"
     model.to(device, torch.float32).zero_grad(set_to_none=True)  # small steps vanish in halves
     lengths = train.lengths
     batches = batches_of(lengths, epochs, batch_size, seed)
@@ -273,7 +274,8 @@ def predict(
     data = as_encoded(data, model, tokenizer, max_length)
     device = pick_device(device)
     model.to(device).eval()
-    order = np.argsort(lengths := data.lengths, kind="stable")
+    lengths = data.lengths
+    order = np.argsort(lengths, kind="stable")
     found, start = [], 0
     while start < len(order):
         # Sorted upwards: the last row of a batch is its longest.
