@@ -1,8 +1,8 @@
 """Records of runs that are not finished: the code as it is finds every one of them again.
 
-They lie in data/records-next/PROFILE until the run is whole; what is whole of the long budget is
-shipped already. A change of what goes into a cell's key, or of how that is spelt, would have all of
-them computed anew.
+They lie in data/records-next/PROFILE until the run is whole; what is whole is shipped already.
+A change of what goes into a cell's key, or of how that is spelt, would have all of it computed
+anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from healing_utils.study.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = sorted(path.parent for path in (ROOT / "data" / "records-next").glob("*/records"))
-FOUND += [ROOT / "data" / "results" / "minilm_long"]
+FOUND += [ROOT / "data" / "results" / name for name in ("minilm_long", "mpnet")]
 
 
 def records(folder: Path) -> list[dict]:
